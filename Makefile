@@ -1,0 +1,58 @@
+# Every target may be repeated. `make PYTHON=python3.12 install` takes another Python.
+PYTHON ?= python3
+PRESET ?= refmojig
+VENV   := .venv
+PY     := $(VENV)/bin/python
+RUN    := $(PY) -m papermill -k python3 --no-progress-bar --stdout-file - --stderr-file -
+
+# A notebook's kernel is that of .venv, whatever else is installed.
+export JUPYTER_PREFER_ENV_PATH = 1
+
+.PHONY: help install data train pretrain test lab export clean
+
+help:
+	@echo 'make install    .venv with everything in it (at most 10 minutes)'
+	@echo 'make train      install, build RefMoji, train in two stages into runs/$(PRESET) (15 minutes on two cores)'
+	@echo 'make test       install, and run every test (15 minutes on two cores)'
+	@echo 'make lab        open the notebooks in JupyterLab'
+	@echo 'make export     notebooks -> risclip/, cleaned notebooks, README.md'
+	@echo 'make pretrain   train the small CLIP again (90 minutes on two cores, minutes on a GPU)'
+	@echo 'make clean      remove .venv, caches and generated data; runs/ stays'
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3,11))' || { \
+	  echo "risclip needs Python 3.11 or newer, and '$(PYTHON)' is not: try for example  make $(or $(MAKECMDGOALS),install) PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install pip; } || { rm -rf $(VENV); exit 1; }
+
+$(VENV)/installed: settings.ini setup.py constraints.txt | $(PY)
+	$(PY) -m pip install -e '.[dev]' -c constraints.txt
+	@touch $@
+
+install: $(VENV)/installed
+
+data: install
+	$(PY) -c 'from risclip.refmoji import refmoji_folder; print(refmoji_folder())'
+
+train: data
+	@mkdir -p runs/$(PRESET)
+	$(RUN) nbs/runs/train.ipynb runs/$(PRESET)/train.ipynb -p preset $(PRESET)
+
+pretrain: install
+	@mkdir -p runs/pretrain
+	$(RUN) nbs/runs/pretrain.ipynb runs/pretrain/pretrain.ipynb -p preset tinyclip
+
+test: data
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist worksteal --durations 15
+
+lab: install
+	$(PY) -m jupyter lab nbs
+
+export: install
+	$(VENV)/bin/nbdev_export
+	$(VENV)/bin/nbdev_clean
+	$(PY) tools/readme.py
+
+clean:
+	rm -rf $(VENV) build dist _proc *.egg-info .pytest_cache .hypothesis data/images/refmoji data/refmoji data/refmoji+ data/refmojig
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	find . -name .ipynb_checkpoints -prune -exec rm -rf {} +

@@ -1,0 +1,40 @@
+"README.md and README_files/ from nbs/index.ipynb, by nbdev's processors and nbconvert: `python tools/readme.py [folder to write to]`"
+import posixpath, re, shutil, sys
+from pathlib import Path
+from execnb.nbio import read_nb
+from nbconvert import MarkdownExporter
+from nbdev.processors import FilterDefaults
+from nbformat import from_dict
+
+root = Path(__file__).resolve().parents[1]
+
+
+class ReadmeFilter(FilterDefaults):
+    "nbdev's own, without its warning and its links to a documentation site."
+    def base_procs(self): return [p for p in super().base_procs() if p.__name__ not in ('add_links','insert_warning')]
+
+
+def from_root(text):
+    "Relative links of nbs/index.ipynb, as seen from the root of the repository."
+    return re.sub(r'(\]\(|src=")(?![a-z]+:|#|/)([^)"\s]+)', lambda m: m[1]+posixpath.normpath('nbs/'+m[2]), text)
+
+
+def readme(folder):
+    nb = read_nb(root/'nbs'/'index.ipynb')
+    ReadmeFilter()(nb)
+    front = nb.frontmatter_
+    head = f"<!-- Made from nbs/index.ipynb by `make export`: edit that. -->\n\n# {front['title']}\n\n> {front['description']}\n"
+    cells = [c for c in nb.cells if c.cell_type != 'raw']
+    for c in cells:
+        if c.cell_type == 'markdown': c.source = from_root(c.source)
+        elif '#| echo: false' in c.source: c.metadata['transient'] = dict(remove_source=True)
+    nb = from_dict(dict(cells=cells, metadata=dict(nb.metadata), nbformat=4, nbformat_minor=5))
+    body,extra = MarkdownExporter().from_notebook_node(nb, resources=dict(unique_key='README', output_files_dir='README_files'))
+    shutil.rmtree(folder/'README_files', ignore_errors=True)
+    for name,data in extra.get('outputs', {}).items():
+        (folder/name).parent.mkdir(exist_ok=True)
+        (folder/name).write_bytes(data)
+    (folder/'README.md').write_text(head+'\n'+re.sub(r'\n{3,}', '\n\n', body).strip()+'\n', encoding='utf-8')
+
+
+if __name__ == '__main__': readme(Path(sys.argv[1]) if len(sys.argv) > 1 else root)
