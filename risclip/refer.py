@@ -185,7 +185,7 @@ def _read_instances(self:Refer):
 
 @patch
 def _remedy(self:Refer):
-    if self.name.startswith('refmoji'): return '`risclip_data` makes RefMoji.'
+    if self.name.startswith('refmoji'): return '`make data` makes RefMoji, or `refmoji_folder()` of the next chapter.'
     return 'data/README.md says where RefCOCO, RefCOCO+ and RefCOCOg come from; `write_refer` writes pictures of your own.'
 
 @patch

@@ -5,6 +5,7 @@ from execnb.nbio import read_nb
 from nbconvert import MarkdownExporter
 from nbdev.processors import FilterDefaults
 from nbformat import from_dict
+from nbformat.v4.rwbase import rejoin_lines
 
 root = Path(__file__).resolve().parents[1]
 
@@ -28,7 +29,7 @@ def readme(folder):
     for c in cells:
         if c.cell_type == 'markdown': c.source = from_root(c.source)
         elif '#| echo: false' in c.source: c.metadata['transient'] = dict(remove_source=True)
-    nb = from_dict(dict(cells=cells, metadata=dict(nb.metadata), nbformat=4, nbformat_minor=5))
+    nb = rejoin_lines(from_dict(dict(cells=cells, metadata=dict(nb.metadata), nbformat=4, nbformat_minor=5)))
     body,extra = MarkdownExporter().from_notebook_node(nb, resources=dict(unique_key='README', output_files_dir='README_files'))
     shutil.rmtree(folder/'README_files', ignore_errors=True)
     for name,data in extra.get('outputs', {}).items():

@@ -1,0 +1,451 @@
+"""RefMoji: is every expression true of exactly one thing, to the eye? And is the data set what it says it is?
+
+The first part is a second judge. It shares no code with refmoji.py. It sees a picture (the JPEG on disk), masks with the names of what they
+show, and the words of a phrase, and says which things the phrase is true of."""
+import hashlib, io, json, re, threading, time
+from collections import Counter
+from dataclasses import replace
+from functools import lru_cache
+import numpy as np
+import pytest
+from matplotlib.colors import XKCD_COLORS, to_rgb
+from PIL import Image
+
+import risclip.refmoji as refmoji
+from risclip.refer import COCO_CATEGORIES, Refer
+from risclip.refmoji import build_refmoji, make_picture, random_scene, refmoji_folder
+
+SETS = dict({'refmoji': ('train', 'val', 'testA', 'testB'), 'refmoji+': ('train', 'val', 'testA', 'testB'), 'refmojig': ('train', 'val', 'test')})
+SPLITS = [(name, split) for name, splits in SETS.items() for split in splits]
+
+
+# ---- words ----
+
+NOUNS = '''person human|bicycle bike|car|motorcycle motorbike|airplane plane|bus|train|truck|boat|traffic_light|stop_sign|bird|cat kitty|dog doggy|horse
+sheep|cow|elephant|bear|zebra|giraffe|backpack rucksack|umbrella|handbag purse|suitcase|frisbee|skis=pair_of_skis|sports_ball=ball|kite|skateboard|bottle
+wine_glass|cup|knife|spoon|bowl|banana|apple|sandwich|orange|broccoli|carrot|hot_dog|pizza slice_of_pizza|donut doughnut|cake|chair|couch sofa
+potted_plant plant|bed|toilet|tv television|laptop|mouse=computer_mouse|keyboard|cell_phone phone|book|clock|vase|scissors=pair_of_scissors
+teddy_bear teddy|toothbrush'''
+CATEGORY = {}   # a word -> COCO's name of what it means
+for entry in NOUNS.replace('\n', '|').replace('_', '-').split('|'):
+    name, _, words = entry.rpartition('=')
+    for word in words.split(): CATEGORY[word.replace('-', ' ')] = (name or words.split()[0]).replace('-', ' ')
+NOUN = re.compile(r'\b(' + '|'.join(sorted(CATEGORY, key=len, reverse=True)) + r')\b')
+COLOUR_WORDS = {'red', 'yellow', 'green', 'blue', 'purple', 'pink'}
+SIZE_WORDS = dict(large='large', big='large', small='small', little='small')
+PLACE_WORDS = dict(left='left', right='right', top='top', bottom='bottom', middle='middle', center='middle')
+GROUNDS = dict(grass=(128, 168, 84), sand=(222, 196, 146), water=(118, 178, 204), snow=(238, 242, 246), brick=(165, 95, 75),
+               night=(40, 44, 72), paper=(242, 236, 220), stone=(158, 158, 160), wood=(168, 124, 82), carpet=(160, 142, 160))
+FILLERS = set('the a an that which is can be seen on in at of this and color picture image scene side corner'.split())
+RELATION = re.compile(r'\b(?:(?:(?:to|on) the )?(left|right)(?: side)? of|(above|over)|(below|under)|(next to|beside|close to))'
+                      r' (?!the (?:picture|image|scene)\b)')
+
+
+@lru_cache(maxsize=None)
+def parse(phrase):
+    "What a phrase means: dict(category, colour, size, place, side, ground, relation, anchor); the anchor is the same again."
+    m = RELATION.search(phrase)
+    head, anchor = (phrase[:m.start()], parse(phrase[m.end():])) if m else (phrase, None)
+    relation = m and (m[1] or (m[2] and 'above') or (m[3] and 'below') or 'near')
+    nouns, rest = NOUN.findall(head), NOUN.sub(' ', head).split()
+    unknown = set(rest) - FILLERS - COLOUR_WORDS - set(SIZE_WORDS) - set(PLACE_WORDS) - set(GROUNDS)
+    if len(nouns) != 1 or unknown: raise ValueError(f'{phrase!r}: nouns {nouns}, unknown words {unknown}')
+    def only(words):
+        found = {w for w in rest if w in words}
+        if len(found) > 1: raise ValueError(f'{phrase!r}: both {" and ".join(found)}')
+        return next(iter(found), None)
+    place = frozenset(PLACE_WORDS[w] for w in rest if w in PLACE_WORDS)
+    return dict(category=CATEGORY[nouns[0]], colour=only(COLOUR_WORDS), size=SIZE_WORDS.get(only(SIZE_WORDS)), ground=only(GROUNDS), place=place,
+                side=bool(re.search(r' of the (picture|image|scene)$', phrase)), relation=relation, anchor=anchor)
+
+
+# ---- pictures ----
+
+def lab(rgb):
+    "CIELAB (D65) of sRGB in 0..1: [..., 3]."
+    rgb = np.asarray(rgb, float)
+    linear = np.where(rgb <= .04045, rgb/12.92, ((rgb + .055)/1.055)**2.4)
+    xyz = linear @ np.array([[.4124, .2126, .0193], [.3576, .7152, .1192], [.1805, .0722, .9505]])/np.array([.9505, 1, 1.089])
+    f = np.where(xyz > (6/29)**3, np.cbrt(xyz), xyz/(3*(6/29)**2) + 4/29)
+    return np.stack([116*f[..., 1] - 16, 500*(f[..., 0] - f[..., 1]), 200*(f[..., 1] - f[..., 2])], -1)
+
+
+TERMS = ('red', 'yellow', 'green', 'blue', 'purple', 'pink', 'orange', 'brown', 'black', 'white', 'grey')   # the basic colour terms
+
+
+@lru_cache(maxsize=None)
+def survey():
+    """[32768, 11], [32768]: what people call a colour (5 bits a channel), as shares of TERMS; and whether it is more than an outline.
+
+    Of xkcd's survey of 200,000 people (in matplotlib), the nine nearest names in CIELAB that end in a basic term. Dark pixels are mixed
+    with black outlines and are named as if fully lit; greyish ones have no name."""
+    names = [(n.split(':')[1].replace('gray', 'grey').split()[-1], to_rgb(c)) for n, c in XKCD_COLORS.items()]
+    names = [(TERMS.index(word), c) for word, c in names if word in TERMS]
+    term, known = np.array([t for t, _ in names]), lab([c for _, c in names])
+    rgb = np.stack(np.mgrid[:32, :32, :32], -1).reshape(-1, 3)/31
+    brightest, seen = rgb.max(1, keepdims=True), lab(rgb)
+    named = lab(np.where(brightest < .63, rgb/np.maximum(brightest, 1/31), rgb))
+    votes = np.zeros((len(rgb), len(TERMS)))
+    for i in range(0, len(rgb), 2048):
+        far = (known**2).sum(1) - 2*named[i:i+2048] @ known.T
+        votes[i:i+2048] = (term[np.argpartition(far, 9, axis=1)[:, :9], None] == np.arange(len(TERMS))).mean(1)
+    outline = seen[:, 0] < 22
+    votes[outline | (np.hypot(seen[:, 1], seen[:, 2]) < 16)] = 0
+    return votes, ~outline
+
+
+class Look:
+    "What can be measured on a picture uint8 [H, W, 3] with masks (bool [H, W]) of `categories`."
+    def __init__(self, rgb, masks, categories):
+        self.size, self.masks, self.categories = rgb.shape[:2], masks, categories
+        H, W = self.size
+        code = ((rgb.astype(int)*31 + 127)//255) @ [1024, 32, 1]
+        votes, light = survey()
+        self.colour = np.array([votes[p].sum(0)/max(light[p].sum(), .2*len(p)) for p in (code[m] for m in masks)])   # [n, 11]
+        spots = [np.argwhere(m) for m in masks]
+        self.centre = np.array([s.mean(0)[::-1] + .5 for s in spots])                       # [n, 2] x, y in pixels
+        self.side = np.array([np.ptp(s, axis=0).max() + 1 for s in spots])/min(H, W)
+        free = lab(rgb[~np.any(masks, axis=0)]/255)
+        far = np.square(lab(np.array(list(GROUNDS.values()))/255) - np.median(free, axis=0)).sum(1)
+        self.ground = list(GROUNDS)[far.argmin()]
+
+    @lru_cache(maxsize=None)
+    def gaps(self, i):
+        "Pixels from the edge of thing i to that of each other thing: [n]."
+        def edge(m):
+            inner = m.copy()
+            for axis in (0, 1):
+                for step in (1, -1): inner &= np.roll(np.pad(m, 1), step, axis)[1:-1, 1:-1]
+            return np.argwhere(m & ~inner)
+        own = edge(self.masks[i])[:, None]
+        return np.array([np.sqrt(np.square(own - edge(m)).sum(-1).min()) for m in self.masks])
+
+
+# ---- both together ----
+
+NAMED, AS_NAMED = .12, .35   # share of a thing that must have the colour's name; and the share of what the best of its kind has
+SIZE = .415                  # large and small meet here: longer side of the thing over shorter side of the picture
+
+
+def true_of(look, phrase):
+    "Which things a phrase (or what `parse` makes of it) is true of: a list of indices. Two values, no unclear: the cuts lie amid the generator's margins."
+    d = parse(phrase) if isinstance(phrase, str) else phrase
+    if d['ground'] not in (None, look.ground): return []
+    fits = [i for i, name in enumerate(look.categories) if name == d['category']]
+    if d['colour']:
+        share = look.colour[:, TERMS.index(d['colour'])]
+        best = max((share[i] for i in fits), default=0)
+        fits = [i for i in fits if share[i] >= max(NAMED, AS_NAMED*best)]
+    if d['size']: fits = [i for i in fits if (look.side[i] >= SIZE) == (d['size'] == 'large')]
+    return at_place(look, d, fits) if d['place'] else in_relation(look, d, fits) if d['relation'] else fits
+
+
+def at_place(look, d, fits):
+    x, y = (look.centre/look.size[::-1]).T
+    along = dict(left=x, right=1 - x, top=y, bottom=1 - y)
+    if 'middle' in d['place']: return [i for i in fits if max(abs(x[i] - .5), abs(y[i] - .5)) < .185]
+    if len(d['place']) == 2: return [i for i in fits if all(along[p][i] < .5 for p in d['place'])]
+    v = along[next(iter(d['place']))]
+    return [i for i in sorted(fits, key=lambda i: v[i])[:1] if v[i] < (.5 if d['side'] else .53)]
+
+
+def in_relation(look, d, fits):
+    anchors = true_of(look, d['anchor'])
+    if len(anchors) != 1: return []
+    a = anchors[0]
+    fits = [i for i in fits if i != a]
+    if d['relation'] == 'near': return sorted(fits, key=lambda i: look.gaps(a)[i])[:1]
+    dx, dy = (look.centre - look.centre[a]).T/np.mean(look.size)
+    ahead, aside = dict(left=(-dx, dy), right=(dx, dy), above=(-dy, dx), below=(dy, dx))[d['relation']]
+    return [i for i in fits if ahead[i] > .08 and abs(aside[i]) < 1.6*ahead[i]]
+
+
+# ---- the data ----
+
+@pytest.fixture(scope='session')
+def sets():
+    root = refmoji_folder()
+    return {name: Refer(name, root=root) for name in SETS}
+
+
+@lru_cache(maxsize=None)
+def looked(refer, image_id):
+    ids = refer.things(image_id)
+    return Look(np.asarray(refer.picture(image_id)), [refer.mask(a) for a in ids], [refer.category(a) for a in ids])
+
+
+def some(refer, split, every=12):
+    "All expressions of a split; of train those of every 12th picture."
+    return [e for e in refer.expressions(split) if split != 'train' or e.image_id % every == 0]
+
+
+def agrees(refer, e, text=None, ann_id=None):
+    return [refer.things(e.image_id)[i] for i in true_of(looked(refer, e.image_id), text or e.text)] == [ann_id or e.ann_id]
+
+
+@pytest.fixture(scope='session')
+def small(tmp_path_factory): return build_refmoji(tmp_path_factory.mktemp('small'), SMALL, progress=False)
+
+SMALL = dict(train=130, val=10, test=20, testA=20, testB=20)
+
+
+def contents(folder): return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob('*') if p.is_file() and p.name[0] != '.'}
+
+
+# ---- true of exactly one thing ----
+
+@pytest.mark.parametrize('name,split', SPLITS)
+def test_every_expression_is_true_of_one_thing(sets, name, split):
+    refer = sets[name]
+    es = some(refer, split)
+    wrong = [f'{e.text!r}: thing {e.ann_id} in picture {e.image_id}' for e in es if not agrees(refer, e)]
+    assert len(es) > 900 and not wrong, f'{len(wrong)} of {len(es)}: ' + '; '.join(wrong[:20])
+
+
+def test_the_second_judge_finds_what_is_wrong(sets):
+    "The test above can fail: a swapped referent, colour, size, place, relation or ground is found out."
+    refer = sets['refmojig']
+    es, other = refer.expressions('test')[:1500], dict(red='blue', yellow='purple', green='red', blue='pink', purple='green', pink='yellow')
+    swap = lambda text, words: re.sub(r'\b(' + '|'.join(words) + r')\b', lambda m: words[m[1]], text)
+    opposite = dict(left='right', right='left', top='bottom', bottom='top', above='below', over='under', below='above', under='over')
+    size, grounds = dict(large='small', big='little', small='large', little='big'), list(GROUNDS)
+    def refuted(change, at_least):
+        texts = [(e, change(e.text)) for e in es]
+        texts = [(e, t) for e, t in texts if t != e.text]
+        found = np.mean([not agrees(refer, e, t) for e, t in texts])
+        assert len(texts) > 100 and found >= at_least, f'{found:.1%} of {len(texts)}'
+    refuted(lambda t: swap(t, other), .97)
+    refuted(lambda t: swap(t, size), .97)
+    refuted(lambda t: swap(t, opposite), .97)
+    refuted(lambda t: swap(t, {g: grounds[i - 1] for i, g in enumerate(grounds)}), 1)
+    refuted(lambda t: swap(t, dict(dog='cat', person='cow', human='cow', clock='chair', train='bus', ball='kite', car='bed')), 1)
+    for e in es:
+        for ann_id in refer.things(e.image_id): assert ann_id == e.ann_id or not agrees(refer, e, ann_id=ann_id)
+
+
+def test_the_second_judge_looks_at_the_pixels(sets):
+    "Paint another thing of its kind in the referent's colour, or the referent in another: a phrase that says the colour is no longer good."
+    refer, tried = sets['refmoji+'], 0
+    for e in refer.expressions('val'):
+        ids, d = refer.things(e.image_id), parse(e.text)
+        i = ids.index(e.ann_id)
+        twins = [j for j, a in enumerate(ids) if refer.category(a) == e.category and j != i]
+        if not d['colour'] or d['size'] or not twins or e.marks: continue
+        rgb, masks, names = np.asarray(refer.picture(e.image_id)), [refer.mask(a) for a in ids], [refer.category(a) for a in ids]
+        for j, colour in ((i, 'grey'), (twins[0], 'xkcd:' + d['colour'])):
+            painted = rgb.copy()
+            painted[masks[j]] = np.array(to_rgb(colour))*255
+            assert true_of(Look(painted, masks, names), d) != [i], f'{e.text} in {e.image_id}'
+        tried += 1
+    assert tried > 100
+
+
+def test_parse():
+    d = parse('a big phone which is close to the wine glass that is under a little pink hot dog')
+    assert (d['category'], d['size'], d['colour'], d['relation']) == ('cell phone', 'large', None, 'near')
+    assert (d['anchor']['category'], d['anchor']['relation'], d['anchor']['anchor']['category'], d['anchor']['anchor']['colour']) == ('wine glass', 'below', 'hot dog', 'pink')
+    d = parse('the orange on the left side of the picture')
+    assert (d['category'], d['place'], d['side'], d['relation'], d['colour']) == ('orange', {'left'}, True, None, None)
+    assert parse('the orange on the left side of the pizza')['relation'] == 'left'
+    assert parse('top right teddy on')['place'] == {'top', 'right'} and parse('teddy in center')['place'] == {'middle'}
+    assert parse('the bear that is small and red')['size'] == 'small' and parse('the bear in this image of snow')['ground'] == 'snow'
+    for bad in ('the dragon', 'the red and blue dog', 'the dog and cat', 'the shiny dog', 'the dog left of the'):
+        with pytest.raises(ValueError): parse(bad)
+
+
+def test_colours_have_their_names():
+    "The survey names plain colours as everybody does, light, dark or mixed with black; and greys not at all."
+    for colour in sorted(COLOUR_WORDS):
+        for light in (1, .85, .7):
+            flat = np.full((9, 9, 3), np.array(to_rgb('xkcd:' + colour))*255*light, np.uint8)
+            share = Look(np.concatenate([flat, flat*0], 1), [np.tile([True, False], (9, 1)).repeat(9, 1)], ['dog']).colour[0]
+            assert TERMS[share.argmax()] == colour and share.max() > .6, (colour, light, share)
+    grey = np.full((9, 18, 3), 128, np.uint8)
+    assert Look(grey, [np.tile([True, False], (9, 1)).repeat(9, 1)], ['dog']).colour.max() == 0
+
+
+# ---- what the sets are ----
+
+def test_lengths(sets):
+    for name, published in {'refmoji': 3.61, 'refmoji+': 3.53, 'refmojig': 8.4}.items():
+        assert abs(np.mean([e.length for s in sets[name].splits for e in sets[name].expressions(s)]) - published) < 1
+
+
+def test_splits(sets):
+    where = {}
+    for name, refer in sets.items():
+        assert tuple(refer.splits) == SETS[name]
+        for split in refer.splits:
+            assert len({e.image_id for e in refer.expressions(split)}) > .75*refmoji.PICTURES[split]
+            for e in refer.expressions(split): where.setdefault(e.image_id, set()).add(split)
+    assert all(len(splits) == 1 for splits in where.values())
+    refer, seen = sets['refmoji'], {}
+    for image_id, picture in sorted(refer.pictures.items()):
+        assert seen.setdefault(hashlib.sha256((refer.images/picture['file_name']).read_bytes()).digest(), image_id) == image_id   # no picture twice
+
+
+def test_referents_are_large_enough(sets):
+    for refer in sets.values():
+        for split in refer.splits:
+            ids = [o[0] for o in refer.objects(split)]
+            share = np.array([refer.annotations[e.ann_id]['area']/np.prod(refer.size(e.image_id)) for e in ids])
+            assert share.min() > .003
+            if split != 'testA': assert .08 < share.mean() < .12, (refer.name, split, share.mean())   # people are thin
+            else: assert share.mean() > .05
+
+
+def test_categories(sets):
+    for refer in sets.values():
+        used = {a['category_id'] for a in refer.annotations.values()}
+        assert 55 <= len(used) <= 70 and all(COCO_CATEGORIES[c] == refer.categories[c] for c in used)
+
+
+def test_people(sets):
+    for name in ('refmoji', 'refmoji+'):
+        refer = sets[name]
+        for e in refer.expressions('testA'):
+            assert e.category == 'person' and sum(refer.category(a) == 'person' for a in refer.things(e.image_id)) > 1
+        for image_id in {e.image_id for e in refer.expressions('testB')}:
+            names = Counter(refer.category(a) for a in refer.things(image_id))
+            assert 'person' not in names and max(names.values()) > 1
+
+
+def test_kinds_and_words(sets):
+    for name, refer in sets.items():
+        es = [e for s in refer.splits for e in refer.expressions(s)]
+        assert {e.kind for e in es} == ({'appearance'} if name == 'refmoji+' else {'appearance', 'place', 'relation'})
+        for e in some(refer, 'train') + refer.expressions('val'):
+            d = parse(e.text)
+            assert e.kind == ('relation' if d['relation'] else 'place' if d['place'] else 'appearance')
+        words = Counter(w for e in es for w in e.text.split())
+        if name == 'refmoji+': assert not set(words) & {*PLACE_WORDS, 'above', 'over', 'below', 'under', 'next', 'beside', 'close', 'side', 'corner'}
+        else: assert sum(words[w] for w in PLACE_WORDS) > len(es)/10
+    long = [parse(e.text) for e in sets['refmojig'].expressions('test')]
+    assert np.mean([bool(d['relation'] and d['anchor']['relation']) for d in long]) > .03      # two steps
+    for mark in ('hidden', 'cut', 'blurred'): assert sum(mark in e.marks for e in sets['refmojig'].expressions('test')) > 50
+
+
+def test_scenes(sets):
+    refer = sets['refmojig']
+    ids = sorted({e.image_id for e in refer.expressions('test')})
+    n = [len(refer.things(i)) for i in ids]
+    assert min(n) >= 2 and max(n) <= 6 and np.mean(n) > 3
+    assert np.mean([max(Counter(refer.category(a) for a in refer.things(i)).values()) > 1 for i in ids]) > .75
+    assert len({refer.size(i) for i in ids}) > 15
+    assert len({looked(refer, i).ground for i in ids[:200]}) == 10
+
+
+# ---- masks ----
+
+def test_masks_are_disjoint(sets):
+    refer = sets['refmoji']
+    for image_id in sorted(refer.pictures)[::10]:
+        masks = [refer.mask(a) for a in refer.things(image_id)]
+        assert sum(m.astype(int) for m in masks).max() == 1 and min(m.sum() for m in masks) >= 60
+        for a, m in zip(refer.things(image_id), masks): assert refer.annotations[a]['area'] == m.sum()
+
+
+def test_masks_are_exact(monkeypatch):
+    "A thing taken away changes the picture on its mask (but where the ground has its very colour), and nowhere beyond its outline."
+    calls, paint = [], refmoji.draw
+    monkeypatch.setattr(refmoji, 'draw', lambda *args: calls.append(args) or paint(*args))
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        scene = random_scene(rng)
+        size, ground, corner, things = calls[-1]
+        masks = [t.mask for t in things]
+        for k, mask in enumerate(masks):
+            rest = [replace(t) for i, t in enumerate(things) if i != k]
+            without = paint(size, ground, corner, rest)
+            changed = np.abs(without.picture.astype(int) - scene.picture).max(-1)
+            soft = 9 if things[k].blurred else 2
+            alone = replace(things[k])
+            paint(size, ground, corner, [alone])
+            assert not (changed > 0)[~spread(alone.mask, soft)].any()
+            assert not (mask & ~alone.mask).any()
+            hidden = alone.mask & ~mask
+            assert changed[hidden].max(initial=0) <= 130               # what hides a pixel is more than half opaque there
+            for t, m in zip(rest, masks[:k] + masks[k+1:]): assert not (m & ~t.mask).any()    # the others show as much, or more
+
+
+def spread(mask, by):
+    for _ in range(by): mask = np.any([np.roll(np.pad(mask, 1), step, axis)[1:-1, 1:-1] for axis in (0, 1) for step in (0, 1, -1)], axis=0)
+    return mask
+
+
+def test_disk_holds_what_was_drawn(small):
+    "Read by Refer: the very pictures, masks, names, marks and words of make_picture."
+    refers = {name: Refer(name, root=small) for name in SETS}
+    image_id = 0
+    for split, n in SMALL.items():
+        for number in range(n):
+            image_id += 1
+            jpeg, things, told = make_picture(0, split, number)
+            for name, objects in told.items():
+                refer = refers[name]
+                assert (refer.images/f'{image_id:012d}.jpg').read_bytes() == jpeg
+                ids = refer.things(image_id)
+                assert [refer.category(a) for a in ids] == [t['category'] for t in things]
+                assert [refer.annotations[a]['segmentation'] for a in ids] == [t['mask'] for t in things]
+                said = {e.text: (e.ann_id, e.kind, e.marks) for e in refer.expressions(split) if e.image_id == image_id}
+                want = {s['sent']: (ids[i], s['kind'], tuple(m for m in ('hidden', 'cut', 'blurred') if things[i][m])) for i, ss in objects for s in ss}
+                assert said == want
+
+
+# ---- building ----
+
+def test_same_seed_same_bytes(small, tmp_path):
+    one = contents(small)
+    assert one == contents(build_refmoji(tmp_path/'again', SMALL, workers=1, progress=False))
+    other = contents(build_refmoji(tmp_path/'other', SMALL, seed=1, workers=2, progress=False))
+    assert other.keys() == one.keys() and not [k for k in one if one[k] == other[k]]
+
+
+def test_more_pictures_change_no_picture(small, tmp_path):
+    more = contents(build_refmoji(tmp_path, SMALL | dict(testB=25), workers=2, progress=False))
+    assert {k: v for k, v in contents(small).items() if k.endswith('.jpg')}.items() <= more.items()
+
+
+def test_the_full_set_begins_like_a_small_one(small, sets):
+    few, refer = Refer('refmojig', root=small), sets['refmojig']
+    assert [e.text for e in few.expressions('train')] == [e.text for e in refer.expressions('train') if e.image_id <= SMALL['train']], \
+        f'{refer.folder} was drawn by another version: remove it, and it will be built anew'
+    assert all((few.images/f'{i:012d}.jpg').read_bytes() == (refer.images/f'{i:012d}.jpg').read_bytes() for i in range(1, 131))
+
+
+def test_folder_is_built_once(tmp_path, monkeypatch):
+    built = []
+    def build(root, **kw):
+        time.sleep(.5)
+        built.append(root)
+        return build_refmoji(root, dict(train=4, val=2, test=2, testA=2, testB=2), workers=1, progress=False)
+    monkeypatch.setattr(refmoji, 'build_refmoji', build)
+    at_once = [threading.Thread(target=refmoji_folder, args=(tmp_path/'data',)) for _ in range(3)]
+    for t in at_once: t.start()
+    for t in at_once: t.join()
+    assert built == [tmp_path/'data']
+    before = contents(tmp_path/'data')
+    monkeypatch.setenv('RISCLIP_DATA', str(tmp_path/'data'))
+    assert refmoji_folder() == tmp_path/'data' and len(built) == 1 and contents(tmp_path/'data') == before
+    (tmp_path/'data'/'refmojig'/'refs(umd).p').unlink()     # not whole: built again
+    assert refmoji_folder() == tmp_path/'data' and len(built) == 2 and contents(tmp_path/'data') == before
+
+
+def test_a_build_that_breaks_leaves_what_was_there(small, tmp_path, monkeypatch):
+    root = build_refmoji(tmp_path, dict(train=4, val=2, test=2, testA=2, testB=2), workers=1, progress=False)
+    before, write = contents(root), refmoji.write_refer
+    def full(root, name, *args):
+        if name == 'refmojig': raise OSError(28, 'No space left on device')
+        return write(root, name, *args)
+    monkeypatch.setattr(refmoji, 'write_refer', full)
+    with pytest.raises(OSError, match='No space'): build_refmoji(root, SMALL, seed=3, workers=1, progress=False)
+    assert contents(root) == before and not list(root.glob('.refmoji.*'))
+
+
+def test_pictures_are_jpegs_of_their_size(small):
+    "Any program opens them, and masks fit them."
+    instances = json.loads((small/'refmoji'/'instances.json').read_text())
+    for picture in instances['images']:
+        jpeg = Image.open(io.BytesIO((small/'images'/'refmoji'/picture['file_name']).read_bytes()))
+        assert jpeg.format == 'JPEG' and jpeg.mode == 'RGB' and jpeg.size == (picture['width'], picture['height'])
+        assert 96 <= min(jpeg.size) and max(jpeg.size) <= 144
