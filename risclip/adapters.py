@@ -6,7 +6,6 @@
 __all__ = ['Adapter', 'BlockAdapters', 'count_parameters', 'without_gradient']
 
 # %% ../nbs/07_adapters.ipynb #e41a26cc
-import torch
 from torch import nn, Tensor
 
 # %% ../nbs/07_adapters.ipynb #3d732ad5

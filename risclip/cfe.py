@@ -6,7 +6,6 @@
 __all__ = ['Attention', 'CFE', 'meeting_blocks']
 
 # %% ../nbs/08_cfe.ipynb #40b4b7d6
-import torch
 from torch import nn, Tensor
 
 # %% ../nbs/08_cfe.ipynb #6af6daf9

@@ -6,9 +6,9 @@
 __all__ = ['NOUNS', 'DRAWINGS', 'LOOK_ALIKE_KINDS', 'TINTS', 'COLOURS', 'GROUNDS', 'GROUND_SIDE', 'SIDES', 'WRITTEN_ON',
            'CLEARLY', 'PERHAPS', 'YES', 'UNCLEAR', 'NO', 'PLACES', 'RELATIONS', 'SIZE_WORDS', 'RELATION_WORDS', 'SETS',
            'PICTURES', 'drawing', 'tinted', 'tinted_drawing', 'ground', 'Thing', 'Scene', 'draw', 'random_scene',
-           'colour_shares', 'Seen', 'gaps', 'see', 'Description', 'looks', 'placed', 'related', 'truth', 'referent',
-           'describe_looks', 'describe', 'article', 'noun_phrase', 'short_words', 'plain_words', 'long_words', 'Rules',
-           'expressions', 'make_picture', 'build_refmoji', 'refmoji_folder']
+           'colour_shares', 'Seen', 'judge_colours', 'gaps', 'see', 'Description', 'looks', 'placed', 'related',
+           'truth', 'referent', 'describe_looks', 'describe', 'article', 'noun_phrase', 'short_words', 'plain_words',
+           'long_words', 'Rules', 'expressions', 'make_picture', 'build_refmoji', 'refmoji_folder']
 
 # %% ../nbs/02_refmoji.ipynb #4866cba1
 import io, os, tempfile
@@ -328,7 +328,17 @@ class Seen:
     xy: np.ndarray      # [n, 2] the same in units of the mean side, for distances
     gap: np.ndarray     # [n, n] between the outlines, in the same units
 
-# %% ../nbs/02_refmoji.ipynb #ced8faf0
+# %% ../nbs/02_refmoji.ipynb #2a70c2ef
+def judge_colours(
+    clearly: np.ndarray, # [n, 6] shares of the pixels of n things
+    perhaps: np.ndarray  # [n, 6]
+) -> np.ndarray:         # [n, 6] judgements
+    "YES where much of a thing has the colour, nearly all of that clearly, and no other colour may be meant by most of it."
+    rival = np.stack([np.delete(perhaps, c, 1).max(1) for c in range(len(COLOURS))], 1)
+    yes = (clearly >= .36) & (clearly >= .75*perhaps) & (rival < .5)
+    return np.where(yes, YES, np.where(perhaps <= .18, NO, UNCLEAR))
+
+# %% ../nbs/02_refmoji.ipynb #504a5a92
 def _outline(mask):
     "The pixels of a mask that have a neighbour outside it: [m, 2] of (y, x)."
     p = np.pad(mask, 1)
@@ -346,7 +356,7 @@ def see(scene: Scene) -> Seen:
     "Measure a scene. What is half hidden or cut has no clear size."
     things, (H, W) = scene.things, scene.picture.shape[:2]
     clearly, perhaps = np.array([colour_shares(scene.picture[t.mask]) for t in things]).transpose(1, 0, 2)  # [n, 6] each
-    colour = np.where(clearly >= .36, YES, np.where(perhaps <= .18, NO, UNCLEAR))
+    colour = judge_colours(clearly, perhaps)
     spots = [np.nonzero(t.mask) for t in things]
     x, y = np.array([xs.mean()/W for _, xs in spots]), np.array([ys.mean()/H for ys, _ in spots])
     side = np.array([max(np.ptp(ys), np.ptp(xs)) + 1 for ys, xs in spots])/min(H, W)
@@ -357,7 +367,7 @@ def see(scene: Scene) -> Seen:
     unit = (H + W)/2
     return Seen([t.category for t in things], colour, large, small, x, y, np.stack([x*W, y*H], -1)/unit, gaps([t.mask for t in things])/unit)
 
-# %% ../nbs/02_refmoji.ipynb #908d9da9
+# %% ../nbs/02_refmoji.ipynb #7a4f408b
 @dataclass
 class Description:
     "The meaning of an expression: a kind of thing, its looks, its place, and its relation to another."
@@ -371,7 +381,7 @@ class Description:
 PLACES = ['left', 'right', 'top', 'bottom', 'middle', 'top left', 'top right', 'bottom left', 'bottom right']
 RELATIONS = ['left of', 'right of', 'above', 'below', 'next to']
 
-# %% ../nbs/02_refmoji.ipynb #02d270cf
+# %% ../nbs/02_refmoji.ipynb #7369d704
 def looks(d: Description, seen: Seen) -> np.ndarray:
     "Which things fit the description's noun, colour and size: [n] of YES, UNCLEAR, NO."
     fits = np.where([c == d.category for c in seen.category], YES, NO)
@@ -379,7 +389,7 @@ def looks(d: Description, seen: Seen) -> np.ndarray:
     if d.size: fits = np.minimum(fits, getattr(seen, d.size))
     return fits
 
-# %% ../nbs/02_refmoji.ipynb #f70225ac
+# %% ../nbs/02_refmoji.ipynb #8d19e8b4
 def _edge(value, able, margin=.1):
     "Is a thing the first along `value` (0 to 1) among those that are `able`, and on that side of the picture?"
     first = np.array([min([v for j, v in enumerate(value) if j != i and able[j]], default=1.) for i in range(len(value))])  # of the others
@@ -390,7 +400,7 @@ def _corner(x, y, margin=.42):
     "Is a thing in the corner at (0, 0)?"
     return np.where((x <= margin) & (y <= margin), YES, np.where((x >= .56) | (y >= .56), NO, UNCLEAR))
 
-# %% ../nbs/02_refmoji.ipynb #1cc8e6e1
+# %% ../nbs/02_refmoji.ipynb #14d3f530
 def placed(place: str, fits: np.ndarray, seen: Seen) -> np.ndarray:
     "Of the things that `fits` does not rule out, which are at `place`: [n] judgements."
     x, y, able = seen.x, seen.y, fits > NO
@@ -402,7 +412,7 @@ def placed(place: str, fits: np.ndarray, seen: Seen) -> np.ndarray:
     vertical, horizontal = place.split()
     return np.minimum(fits, _corner(along[horizontal], along[vertical]))
 
-# %% ../nbs/02_refmoji.ipynb #be4229b0
+# %% ../nbs/02_refmoji.ipynb #79c1de54
 def _nearest(distance, able, near, clear):
     "Is a thing near, and clearly nearer than any other of those that are `able`? NO if it is far, or another is nearer."
     rival = np.array([min([d for j, d in enumerate(distance) if j != i and able[j]], default=np.inf) for i in range(len(distance))])
@@ -422,7 +432,7 @@ def related(relation: str, anchor: int, fits: np.ndarray, seen: Seen) -> np.ndar
     holds[anchor] = NO
     return np.minimum(fits, holds)
 
-# %% ../nbs/02_refmoji.ipynb #4ad723d2
+# %% ../nbs/02_refmoji.ipynb #22b05ddc
 def truth(d: Description, seen: Seen) -> np.ndarray:
     "Of which things is the description true: [n] of YES, UNCLEAR, NO. All NO where its anchor is not exactly one thing."
     fits = looks(d, seen)
@@ -438,7 +448,7 @@ def referent(d: Description, seen: Seen) -> int | None:
     yes = np.flatnonzero(fits == YES)
     return int(yes[0]) if len(yes) == 1 and (fits > NO).sum() == 1 else None
 
-# %% ../nbs/02_refmoji.ipynb #22b05ddc
+# %% ../nbs/02_refmoji.ipynb #4af60e73
 def _pick(rng, choices): return choices[int(rng.integers(len(choices)))]
 
 def describe_looks(rng, i, seen, colour=.55, size=.45) -> Description:
@@ -456,7 +466,7 @@ def _options(i, seen, kind):
     if kind == 'place': return [dict(place=place) for place in PLACES]
     return [dict(relation=r, anchor=j) for j in range(len(seen.category)) if j != i for r in RELATIONS]
 
-# %% ../nbs/02_refmoji.ipynb #5831898e
+# %% ../nbs/02_refmoji.ipynb #f095f44a
 def describe(
     rng, i: int, seen: Seen,
     kind: str,    # appearance, place, relation
@@ -477,7 +487,7 @@ def describe(
         if referent(d, seen) == i: return d
     return None
 
-# %% ../nbs/02_refmoji.ipynb #f095f44a
+# %% ../nbs/02_refmoji.ipynb #e4166433
 SIZE_WORDS = dict(large=['large', 'big'], small=['small', 'little'])
 RELATION_WORDS = {'left of': ['left of', 'to the left of', 'on the left side of'],
                   'right of': ['right of', 'to the right of', 'on the right side of'],
@@ -492,7 +502,7 @@ def noun_phrase(d: Description, rng) -> str:
     size = _pick(rng, SIZE_WORDS[d.size]) if d.size else ''
     return ' '.join(word for word in (size, d.colour, _pick(rng, NOUNS[d.category])) if word)
 
-# %% ../nbs/02_refmoji.ipynb #ac97fce2
+# %% ../nbs/02_refmoji.ipynb #eb3ec165
 def short_words(d: Description, rng, ground: str) -> str:
     "As RefCOCO's players type: 'left dog', 'small red dog on the right'."
     looks_ = noun_phrase(d, rng)
@@ -510,7 +520,7 @@ def plain_words(d: Description, rng, ground: str) -> str:
     if d.colour and not d.size: forms += [f'{noun} that is {d.colour}']
     return _pick(rng, forms)
 
-# %% ../nbs/02_refmoji.ipynb #54dcccf0
+# %% ../nbs/02_refmoji.ipynb #648422cc
 def _where(place):
     "'on the left side', 'in the top left corner'."
     if ' ' in place: return f'in the {place} corner'
@@ -535,7 +545,7 @@ def long_words(d: Description, rng, ground: str) -> str:
     if d.colour: forms += [f'{article(noun_phrase(Description(d.category, size=d.size), rng), rng)} that is {d.colour} in color']
     return _pick(rng, forms)
 
-# %% ../nbs/02_refmoji.ipynb #eb3ec165
+# %% ../nbs/02_refmoji.ipynb #4c911033
 @dataclass
 class Rules:
     "How one of the three sets is made: how it words things, and how often it means what by what."
@@ -551,7 +561,7 @@ SETS = {
 }
 PICTURES = dict(train=9000, val=400, test=1000, testA=300, testB=300)  # how many are drawn a split
 
-# %% ../nbs/02_refmoji.ipynb #e85852e1
+# %% ../nbs/02_refmoji.ipynb #8ce260bc
 def _sentences(rng, i, scene, seen, rules):
     "Two or three different expressions that mean thing `i`, or an empty list."
     found = {}
@@ -574,7 +584,7 @@ def expressions(rng, scene: Scene, seen: Seen, rules: Rules, people=None) -> lis
     told = [(int(i), _sentences(rng, i, scene, seen, rules)) for i in order[:3]]
     return [(i, sentences) for i, sentences in told if sentences][:2]
 
-# %% ../nbs/02_refmoji.ipynb #4c911033
+# %% ../nbs/02_refmoji.ipynb #f6bf9739
 def _run_lengths(mask):
     rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     return dict(size=list(rle['size']), counts=rle['counts'].decode('ascii'))
@@ -590,7 +600,7 @@ def make_picture(seed: int, split: str, number: int):
     things = [dict(mask=_run_lengths(t.mask), category=t.category, hidden=bool(t.hidden), cut=bool(t.cut), blurred=t.blurred) for t in scene.things]
     return file.getvalue(), things, told
 
-# %% ../nbs/02_refmoji.ipynb #f6bf9739
+# %% ../nbs/02_refmoji.ipynb #8e85ca02
 def _made(jobs): return [make_picture(*job) for job in jobs]
 
 def _examples(name, made, images):
@@ -626,7 +636,7 @@ def build_refmoji(
             new.rename(old)
     return root
 
-# %% ../nbs/02_refmoji.ipynb #b81230e1
+# %% ../nbs/02_refmoji.ipynb #5d2c8b98
 def refmoji_folder(root=None) -> Path:
     "Where RefMoji lies; it is built (in a minute or two) if it is not there. Default: `data_folder()`. Two that ask at once build it once."
     root = Path(root or data_folder())

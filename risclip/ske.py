@@ -6,7 +6,6 @@
 __all__ = ['Conditioning', 'SKE']
 
 # %% ../nbs/09_ske.ipynb #2638f7a0
-import torch
 from torch import nn, Tensor
 from .cfe import Attention
 

@@ -356,12 +356,14 @@ def maps_of(model: RISCLIP, batch) -> dict:
 @torch.no_grad()
 def choose_thresholds(model: RISCLIP, dataset, device, batch_size=64) -> dict:
     "Where each map is cut: raw and grounding where that is best on these expressions (of the train split), the mask at 0.5."
-    maps, masks = {}, []
+    maps, masks = dict(raw=[], grounding=[]), []
     for batch in DataLoader(dataset, batch_size):
-        for name, value in maps_of(model, Batch(*(x.to(device) for x in batch))).items(): maps.setdefault(name, []).append(value.cpu())
+        pixels, tokens = batch.pixels.to(device), batch.tokens.to(device)
+        maps['raw'].append(raw_grounding(model.clip, pixels, tokens).cpu())
+        maps['grounding'].append(model.ground(pixels, tokens)[1].sigmoid().cpu())       # the decoder is not asked
         masks.append(batch.mask > .5)
-    masks = torch.cat(masks)
-    return {name: .5 if name == 'mask' else choose_threshold(torch.cat(v), masks)[0] for name, v in maps.items()}
+    best = {name: choose_threshold(torch.cat(v), torch.cat(masks))[0] for name, v in maps.items()}
+    return best | (dict(mask=.5) if model.decoder else {})
 
 # %% ../nbs/12_training.ipynb #22149b04
 def score(model: RISCLIP, s: Settings, refer: Refer, split=None, protocol='own', device='cpu', thresholds=None, progress=True):
