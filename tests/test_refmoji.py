@@ -123,7 +123,8 @@ class Look:
 
 # ---- both together ----
 
-NAMED, AS_NAMED = .12, .45   # share of a thing that must have the colour's name; and, unless that is its main colour, the share of what the best of its kind has
+NAMED = .12                  # the share of a thing that must have a colour's name
+AS_NAMED = .3, .45           # and as a share of what the best of its kind has: if it is the thing's main colour, and if not
 SIZE = .415                  # large and small meet here: longer side of the thing over shorter side of the picture
 
 
@@ -136,7 +137,7 @@ def true_of(look, phrase):
         term = TERMS.index(d['colour'])
         share, main = look.colour[:, term], look.colour.argmax(1) == term
         best = max((share[i] for i in fits), default=0)
-        fits = [i for i in fits if share[i] >= NAMED and (main[i] or share[i] >= AS_NAMED*best)]
+        fits = [i for i in fits if share[i] >= max(NAMED, best*AS_NAMED[0 if main[i] else 1])]
     if d['size']: fits = [i for i in fits if (look.side[i] >= SIZE) == (d['size'] == 'large')]
     return at_place(look, d, fits) if d['place'] else in_relation(look, d, fits) if d['relation'] else fits
 

@@ -120,10 +120,10 @@ def test_killed_in_both_stages_and_while_saving(finished, smoke, root, tmp_path)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err[-2000:]
     assert 'P@0.9' in out and str(folder) in out
-    assert json.loads((folder/'metrics.json').read_text()) == metrics
     assert (folder/'history.csv').read_text() == (whole/'history.csv').read_text()
     ours, theirs = (load_file(f/'model'/'weights.safetensors') for f in (folder, whole))
-    assert ours.keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k, v in ours.items())
+    assert ours.keys() == theirs.keys() and [k for k, v in ours.items() if not torch.equal(v, theirs[k])] == []
+    assert json.loads((folder/'metrics.json').read_text()) == metrics
 
 
 def test_a_finished_run_is_only_reported(finished, smoke, capsys):
@@ -295,7 +295,6 @@ def test_papermill_with_a_mistyped_name_stops_before_training(tmp_path):
         papermill.execute_notebook(ROOT/'nbs'/'runs'/'train.ipynb', tmp_path/'out.ipynb', dict(stage1_stpes=3, folder=str(tmp_path/'run')),
                                    progress_bar=False, kernel_name='python3', cwd=str(tmp_path))
     assert not (tmp_path/'run').exists()
-    assert not (ROOT/'nbs'/'runs'/'runs').exists()
 
 
 # --- the commands
