@@ -39,7 +39,7 @@ train: data
 
 pretrain: install
 	@mkdir -p runs/pretrain
-	$(RUN) nbs/runs/pretrain.ipynb runs/pretrain/pretrain.ipynb -p preset tinyclip
+	$(RUN) nbs/runs/pretrain.ipynb runs/pretrain/pretrain.ipynb -p preset tinyclip -p folder runs/pretrain
 
 test: data
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist worksteal --durations 15

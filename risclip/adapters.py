@@ -8,7 +8,7 @@ __all__ = ['Adapter', 'BlockAdapters', 'count_parameters', 'without_gradient']
 # %% ../nbs/07_adapters.ipynb #e41a26cc
 from torch import nn, Tensor
 
-# %% ../nbs/07_adapters.ipynb #3d732ad5
+# %% ../nbs/07_adapters.ipynb #b093db25
 class Adapter(nn.Module):
     """A residual bottleneck: `up(relu(down(x)))`, [B, N, width] -> the *change* [B, N, width].
 
@@ -26,7 +26,7 @@ class Adapter(nn.Module):
 
     def forward(self, x:Tensor) -> Tensor: return self.up(self.down(x).relu())
 
-# %% ../nbs/07_adapters.ipynb #cbaba81e
+# %% ../nbs/07_adapters.ipynb #3d732ad5
 class BlockAdapters(nn.Module):
     """The two adapters of one block: `.attention` follows the attention, `.mlp` follows the MLP.
 
@@ -36,12 +36,12 @@ class BlockAdapters(nn.Module):
         super().__init__()
         self.attention, self.mlp = Adapter(width, bottleneck), Adapter(width, bottleneck)
 
-# %% ../nbs/07_adapters.ipynb #b6988b46
+# %% ../nbs/07_adapters.ipynb #70a8fc20
 def count_parameters(module:nn.Module, trainable:bool=True) -> int:
     "How many numbers `module` learns (or, with `trainable=False`, holds as parameters at all)."
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
 
-# %% ../nbs/07_adapters.ipynb #8989e1a3
+# %% ../nbs/07_adapters.ipynb #1dc419f6
 def without_gradient(module:nn.Module) -> list[str]:
     "Names of the parameters of `module` whose gradient is missing or zero everywhere."
     return [name for name, p in module.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]

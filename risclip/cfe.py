@@ -8,7 +8,7 @@ __all__ = ['Attention', 'CFE', 'meeting_blocks']
 # %% ../nbs/08_cfe.ipynb #40b4b7d6
 from torch import nn, Tensor
 
-# %% ../nbs/08_cfe.ipynb #6af6daf9
+# %% ../nbs/08_cfe.ipynb #774ca062
 class Attention(nn.Module):
     """Multi-head attention: queries [B, Q, D] read a context [B, K, D] -> [B, Q, D].
 
@@ -24,7 +24,7 @@ class Attention(nn.Module):
         out, weights = self.mhca(queries, context, context, key_padding_mask=pad, need_weights=return_attention)
         return (out, weights) if return_attention else out
 
-# %% ../nbs/08_cfe.ipynb #e58653c9
+# %% ../nbs/08_cfe.ipynb #6af6daf9
 class CFE(nn.Module):
     """Cross-modal feature extraction (slides, eqs 1-3, and the same mirrored), in a shared width.
 
@@ -47,7 +47,7 @@ class CFE(nn.Module):
         if not return_attention: return self.s2v(vm), self.s2t(tm)         # eq 3     [B, N, Dv] [B, T, Dt]
         return self.s2v(vm[0]), self.s2t(tm[0]), {'image': vm[1], 'text': tm[1]}
 
-# %% ../nbs/08_cfe.ipynb #43d389b5
+# %% ../nbs/08_cfe.ipynb #a004163e
 def meeting_blocks(n_image:int, n_text:int, layers:int|str|None=None) -> list[tuple[int, int]]:
     """Where the towers meet: [(image block, text block)], 0-based, a CFE runs *before* each of the pair.
 

@@ -26,7 +26,7 @@ def tinyclip_folder():
         if (place/'open_clip_config.json').is_file(): return place
     raise FileNotFoundError(f"'tinyclip' is neither at {places[0]} nor at {places[1]}: `make pretrain` trains it again")
 
-# %% ../nbs/04_clip.ipynb #81a72304
+# %% ../nbs/04_clip.ipynb #aa0618fe
 def resize_positions(positions, # [1 + h*w, D], the CLS row first; h*w is a square
                      grid):     # (rows, columns) wanted
     "Position embeddings for another grid: the patch rows resized bicubically, the CLS row untouched -> [1 + rows*columns, D]."
@@ -37,14 +37,14 @@ def resize_positions(positions, # [1 + h*w, D], the CLS row first; h*w is a squa
     patches = F.interpolate(patches, size=tuple(grid), mode='bicubic', antialias=True, align_corners=False)
     return torch.cat([cls, patches[0].flatten(1).T])
 
-# %% ../nbs/04_clip.ipynb #3d209d43
+# %% ../nbs/04_clip.ipynb #94784012
 def check_size(size, patch):
     "Raises ValueError, naming the nearest sizes that fit, unless `size` pixels are a whole number of patches."
     if isinstance(size, int) and size > 0 and size % patch == 0: return
     below = max(int(size) // patch, 1) * patch
     raise ValueError(f'size={size!r} is not a whole number of {patch}-pixel patches: the nearest sizes that fit are {below} and {below + patch}')
 
-# %% ../nbs/04_clip.ipynb #d445bf82
+# %% ../nbs/04_clip.ipynb #69e15bea
 class Block(nn.Module):
     "One transformer block of open_clip, opened: `x = x + attend(x); x = x + mlp(x)`. Nothing here adds the residual but `forward`."
     def __init__(self, resblock): # open_clip's own `ResidualAttentionBlock`; not copied, not changed
@@ -73,7 +73,7 @@ class Block(nn.Module):
         x = x + self.attend(x, attn_mask)
         return x + self.mlp(x)
 
-# %% ../nbs/04_clip.ipynb #c0445ddd
+# %% ../nbs/04_clip.ipynb #0175f388
 class ImageTower(nn.Module):
     "CLIP's image encoder as `embed`, `blocks`, `project`, over the modules of open_clip's `VisionTransformer`."
     def __init__(self, visual, size=None): # size: side of the square picture in pixels; None keeps the model's own
@@ -106,7 +106,7 @@ class ImageTower(nn.Module):
         for block in self.blocks: x = block(x)
         return self.project(x)
 
-# %% ../nbs/04_clip.ipynb #a3867872
+# %% ../nbs/04_clip.ipynb #54e939f8
 def eos_position(tokens):
     "Token ids [B, T] -> index of each phrase's end token [B]; EOS has the highest id of the vocabulary."
     return tokens.argmax(dim=-1)
@@ -115,7 +115,7 @@ def pad_mask(tokens):
     "Token ids [B, T] -> bool [B, T], True where a token comes after EOS and means nothing."
     return torch.arange(tokens.shape[1], device=tokens.device) > eos_position(tokens)[:, None]
 
-# %% ../nbs/04_clip.ipynb #937ce14f
+# %% ../nbs/04_clip.ipynb #edd0777b
 class TextTower(nn.Module):
     "CLIP's text encoder as `embed`, `blocks`, `project`, over the modules of open_clip's `CLIP`."
     def __init__(self, model):
@@ -153,7 +153,7 @@ class TextTower(nn.Module):
         for block in self.blocks: x = block(x, mask)
         return self.project(x)
 
-# %% ../nbs/04_clip.ipynb #d060a67b
+# %% ../nbs/04_clip.ipynb #a3867872
 class Tokenizer:
     "Phrases -> token ids. Warns once of each word that this CLIP never met, and of the first phrase that is too long."
     def __init__(self, tokenizer,   # open_clip's `SimpleTokenizer`
@@ -181,7 +181,7 @@ class Tokenizer:
         self.warned.add(None)
         warnings.warn(f'{phrase!r} has {n} tokens, but this CLIP reads {T}: its end is cut off, as with all that are as long', stacklevel=3)
 
-# %% ../nbs/04_clip.ipynb #65741160
+# %% ../nbs/04_clip.ipynb #22e79268
 class CLIPTowers(nn.Module):
     """open_clip's CLIP as two frozen towers, `image` and `text`: no parameter takes a gradient, and it is always in eval mode.
 
@@ -211,7 +211,7 @@ class CLIPTowers(nn.Module):
         "Token ids [B, T] -> the EOS token in the joint space [B, E], as open_clip's `encode_text`."
         return self.text.eos(self.text(tokens), tokens)
 
-# %% ../nbs/04_clip.ipynb #3d113f1d
+# %% ../nbs/04_clip.ipynb #937ce14f
 # The settings that this walk follows; any other one, unless it is at open_clip's default, would change the way through the towers.
 WALKED = dict(
     top={'embed_dim', 'vision_cfg', 'text_cfg', 'quick_gelu', 'init_logit_scale'},
@@ -234,7 +234,7 @@ def why_not(cfg):
     for k in ('image_size', 'patch_size'):
         if not isinstance(vision.get(k), int): return f'its {k} is {vision.get(k)!r}, not one number (the side of a square)'
 
-# %% ../nbs/04_clip.ipynb #c98e0b7b
+# %% ../nbs/04_clip.ipynb #89e8b0a1
 def local_clip(folder):
     "(configuration, weights file) of a folder in open_clip's local-dir layout; errors name the file and what is wrong with it."
     config, weights = Path(folder)/'open_clip_config.json', Path(folder)/'open_clip_model.safetensors'
@@ -245,7 +245,7 @@ def local_clip(folder):
         raise ValueError(f"{config} is not an open_clip configuration (JSON with 'model_cfg' and 'preprocess_cfg'): {e!r}") from e
     return cfg, weights
 
-# %% ../nbs/04_clip.ipynb #212af671
+# %% ../nbs/04_clip.ipynb #d060a67b
 def check_weights(name, pretrained):
     "Raises ValueError, naming the twin to load, if the weights `pretrained` of open_clip were trained with the other GELU than `name` has."
     cfg, tag = open_clip.get_model_config(name), open_clip.get_pretrained_cfg(name, pretrained)
@@ -253,7 +253,7 @@ def check_weights(name, pretrained):
     twin = name.removesuffix('-quickgelu') if cfg.get('quick_gelu') else name + '-quickgelu'
     raise ValueError(f'the weights {pretrained!r} were trained with another GELU than {name!r} has: load {twin!r}')
 
-# %% ../nbs/04_clip.ipynb #c98cab54
+# %% ../nbs/04_clip.ipynb #688fa9ce
 def find_clip(name, pretrained=None):
     "(configuration, open_clip's name for the model, its weights file if that is local, else None) of what `load_clip` is asked for."
     if name in open_clip.list_models():
@@ -268,7 +268,7 @@ def find_clip(name, pretrained=None):
     cfg, weights = local_clip(folder)
     return cfg, f'local-dir:{folder}', weights
 
-# %% ../nbs/04_clip.ipynb #f35a4971
+# %% ../nbs/04_clip.ipynb #c60c756f
 def load_clip(name='tinyclip',  # 'tinyclip', a folder in open_clip's local-dir layout, or one of open_clip's architectures
               pretrained=None,  # for an architecture: open_clip's tag ('openai') or a weights file; None: random weights
               size=None,        # side of the square picture in pixels, a multiple of the patch; None: the model's own

@@ -28,7 +28,7 @@ def cosine_map(patches, sentence, grid):
     cosine = F.normalize(patches, dim=-1) @ F.normalize(sentence, dim=-1)[..., None]   # [B, h*w, 1]
     return cosine.transpose(1, 2).unflatten(2, (h, w))
 
-# %% ../nbs/06_grounding.ipynb #376500e9
+# %% ../nbs/06_grounding.ipynb #2274e58c
 VALUES = ('none', 'last', 'every')
 
 def attended(block, v, number, blocks, values):
@@ -38,7 +38,7 @@ def attended(block, v, number, blocks, values):
     own = values == 'every' or (values == 'last' and number == blocks - 1)
     return block.values(v) if own else block.attend(v)
 
-# %% ../nbs/06_grounding.ipynb #66543ce5
+# %% ../nbs/06_grounding.ipynb #376500e9
 @torch.no_grad()
 def raw_patches(clip, pixels, values='last', residual=False, mlp=False):
     """The patches of pixels [B, 3, S, S] in the joint space, [B, h*w, E]. Nothing is trained. `values`: see `attended`.
@@ -56,13 +56,13 @@ def raw_grounding(clip, pixels, tokens, values='last', residual=False, mlp=False
     The reading is that of `raw_patches`; its defaults are what measured best on RefMoji's train split."""
     return cosine_map(raw_patches(clip, pixels, values, residual, mlp), clip.encode_text(tokens), clip.grid)
 
-# %% ../nbs/06_grounding.ipynb #8582dae9
+# %% ../nbs/06_grounding.ipynb #f63587fe
 def mean_iou(prediction, truth):
     "mIoU in 0..1 of bool masks [n, H, W]; an empty union counts 0."
     union = (prediction | truth).sum((-1, -2))
     return ((prediction & truth).sum((-1, -2))/union.clamp(min=1)).double().mean().item()
 
-# %% ../nbs/06_grounding.ipynb #af3d8400
+# %% ../nbs/06_grounding.ipynb #6ca10272
 def miou_at(maps, masks, thresholds):
     """mIoU in 0..1 at each of K rising thresholds, [K]: maps [n, 1, h, w] are resized to the bool masks [n, 1, H, W].
     Each pixel finds its place between the thresholds once; counting from above then gives all K masks."""
@@ -88,7 +88,7 @@ def choose_threshold(maps, masks, candidates=None):
     best = int(scores.argmax())
     return float(candidates[best]), 100*float(scores[best])
 
-# %% ../nbs/06_grounding.ipynb #4b89f582
+# %% ../nbs/06_grounding.ipynb #af3d8400
 def highest_patch(grounding):
     "The patch with the highest score of each map [B, 1, h, w] -> its centre as (row, column) in 0..1, [B, 2]."
     h, w = grounding.shape[-2:]
@@ -100,7 +100,7 @@ def points_at(point, mask):
     H, W = mask.shape
     return bool(mask[min(int(point[0]*H), H - 1), min(int(point[1]*W), W - 1)])
 
-# %% ../nbs/06_grounding.ipynb #4d0235b1
+# %% ../nbs/06_grounding.ipynb #81214c9a
 def everything(size):
     "All of a picture of `size` (H, W): bool [H, W]."
     return np.ones(size, bool)
@@ -112,7 +112,7 @@ def centred_box(size, share=.3):
     box[round(H*(1 - k)/2):round(H*(1 + k)/2), round(W*(1 - k)/2):round(W*(1 + k)/2)] = True
     return box
 
-# %% ../nbs/06_grounding.ipynb #27653f36
+# %% ../nbs/06_grounding.ipynb #897bc596
 def random_thing(refer, expression, seed=0):
     "The mask of one of the things in the expression's picture, drawn from `seed` and `sent_id`: it sees objects and hears nothing."
     things = refer.things(expression.image_id)
@@ -128,7 +128,7 @@ def patch_ceiling(mask, grid, threshold=.5):
     coarse = F.adaptive_avg_pool2d(torch.tensor(mask, dtype=torch.float32)[None, None], tuple(grid))
     return (to_size(coarse - threshold, mask.shape)[0, 0] >= 0).numpy()
 
-# %% ../nbs/06_grounding.ipynb #4d918463
+# %% ../nbs/06_grounding.ipynb #92f123de
 class Calibration(nn.Module):
     """From cosines to logits: exp(log_scale) * cosine + bias, two numbers that are learnt (ours; the slides name neither).
     ValueError unless `scale` > 0."""

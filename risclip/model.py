@@ -27,7 +27,7 @@ from .decoder import Decoder
 from .grounding import Calibration, attended, cosine_map
 from .ske import SKE
 
-# %% ../nbs/11_risclip.ipynb #dbccd6bc
+# %% ../nbs/11_risclip.ipynb #e1ae9cbe
 RUNGS = ('raw', 'calibrated', 'adapters', 'cfe', 'ske', 'decoder')
 
 @dataclass
@@ -50,6 +50,8 @@ class ModelSettings:
     bias: float = -1.5               # where the learnt bias starts (ours)
 
     def __post_init__(self):
+        if not isinstance(self.features, (tuple, list)) or not all(type(i) is int for i in self.features):
+            raise ValueError(f'features={self.features!r} should be numbers of blocks, as (1, 2, 3, 4); for papermill -y "features: [1, 2, 3, 4]"')
         self.features = tuple(self.features)
         for f in fields(self):
             value = getattr(self, f.name)
@@ -61,13 +63,13 @@ class ModelSettings:
         "Is this rung's part on?"
         return RUNGS.index(rung) <= RUNGS.index(self.rung)
 
-# %% ../nbs/11_risclip.ipynb #7d7d6c24
+# %% ../nbs/11_risclip.ipynb #95daae69
 class Output(NamedTuple):
     "What the model returns, in training and in evaluation."
     grounding: Tensor                # logits [B, 1, h, w], a patch each
     mask: Tensor | None              # logits [B, 1, S, S], a pixel each; None below the decoder's rung
 
-# %% ../nbs/11_risclip.ipynb #5e7023dd
+# %% ../nbs/11_risclip.ipynb #7aadb058
 def block_step(block, adapters, x, change):
     "The rest of a block, with its adapters or None: tokens x [B, N, D] and what the attention changes in them -> [B, N, D]."
     x = x + change
@@ -75,7 +77,7 @@ def block_step(block, adapters, x, change):
     x = x + block.mlp(x)
     return x + adapters.mlp(x) if adapters else x
 
-# %% ../nbs/11_risclip.ipynb #08a832e9
+# %% ../nbs/11_risclip.ipynb #2a2ff6fd
 class RISCLIP(nn.Module):
     """RISCLIP at one of its rungs, over a frozen CLIP: `forward(pixels [B, 3, S, S], tokens [B, T]) -> Output`.
 
@@ -107,7 +109,7 @@ class RISCLIP(nn.Module):
         block = self.clip.text.blocks[k]
         return block_step(block, self.text_adapters[k] if self.text_adapters else None, t, block.attend(t, causal))
 
-# %% ../nbs/11_risclip.ipynb #72c9b2de
+# %% ../nbs/11_risclip.ipynb #5e7023dd
 @patch
 def walk(self: RISCLIP, pixels, tokens):
     """Both towers, block by block, to each meeting and from there to the next: pixels [B, 3, S, S], tokens [B, T] ->
@@ -125,7 +127,7 @@ def walk(self: RISCLIP, pixels, tokens):
             v, t = v + dv, t + dt
     return features, image.project(v), text.project(t)
 
-# %% ../nbs/11_risclip.ipynb #b81f0971
+# %% ../nbs/11_risclip.ipynb #08a832e9
 @patch
 def ground(self: RISCLIP, pixels: Tensor, tokens: Tensor):
     "Up to the map: pixels [B, 3, S, S], token ids [B, T] -> the outputs of all image blocks, and the grounding's logits [B, 1, h, w]."
@@ -143,7 +145,7 @@ def forward(self: RISCLIP, pixels: Tensor, tokens: Tensor) -> Output:
     chosen = [features[i - 1][:, 1:].transpose(1, 2).unflatten(2, self.clip.grid) for i in self.settings.features]  # v1..v4 [B, Dv, h, w]
     return Output(grounding, self.decoder(chosen, grounding, self.clip.size))
 
-# %% ../nbs/11_risclip.ipynb #1e8e5c16
+# %% ../nbs/11_risclip.ipynb #1461bc0e
 def stage_of(name: str) -> int:
     "The stage that trains a parameter of RISCLIP, by its name: 0 is never (CLIP's), 2 the decoder's, 1 all others."
     return 0 if name.startswith('clip.') else 2 if name.startswith('decoder.') else 1
@@ -154,13 +156,13 @@ def train_stage(self: RISCLIP, stage: int) -> list:
     for name, p in self.named_parameters(): p.requires_grad_(stage_of(name) == stage and self.settings.has('calibrated'))
     return [p for p in self.parameters() if p.requires_grad]
 
-# %% ../nbs/11_risclip.ipynb #5d7924e0
+# %% ../nbs/11_risclip.ipynb #0b473aad
 @patch
 def trained_state(self: RISCLIP) -> dict:
     "Everything but CLIP: name -> tensor (parameters, and the decoder's batch statistics)."
     return {name: value for name, value in self.state_dict().items() if stage_of(name)}
 
-# %% ../nbs/11_risclip.ipynb #26820d04
+# %% ../nbs/11_risclip.ipynb #d1138c7f
 @contextmanager
 def written_whole(file):
     """`with written_whole(file) as new: ...` writes to the path `new`; at the end it becomes `file`.
@@ -172,7 +174,7 @@ def written_whole(file):
         os.replace(new, file)
     finally: new.unlink(missing_ok=True)
 
-# %% ../nbs/11_risclip.ipynb #02b5cb2f
+# %% ../nbs/11_risclip.ipynb #4db66b33
 def identity(clip: CLIPTowers) -> dict:
     "Which CLIP it is: its name, its weights by open_clip's tag, and their SHA-256 where they are a file."
     return dict(name=clip.name, pretrained=clip.pretrained, sha256=clip.sha256)
@@ -187,7 +189,7 @@ def save(self: RISCLIP, folder, half=False) -> Path:
     with written_whole(folder/'config.json') as new: new.write_text(json.dumps(dict(settings=settings, clip=identity(self.clip)), indent=1) + '\n')
     return folder
 
-# %% ../nbs/11_risclip.ipynb #be622112
+# %% ../nbs/11_risclip.ipynb #fea689d5
 def _some(names, n=4): return ', '.join(names[:n]) + (f' and {len(names) - n} more' if len(names) > n else '')
 
 @patch
@@ -203,7 +205,7 @@ def load_trained(self: RISCLIP, state: dict, source='the checkpoint') -> RISCLIP
     self.load_state_dict(state, strict=False)                  # what is missing now is CLIP's
     return self
 
-# %% ../nbs/11_risclip.ipynb #afe312c8
+# %% ../nbs/11_risclip.ipynb #7c89f468
 def check_clip(clip: CLIPTowers, wanted: dict, source):
     "Raises ValueError, naming both CLIPs, unless `clip` is the `wanted` one (see `identity`)."
     have = identity(clip)
@@ -212,7 +214,7 @@ def check_clip(clip: CLIPTowers, wanted: dict, source):
     raise ValueError(f'{source} was trained over the CLIP {told(wanted)}, but this one is {told(have)}: '
                      'over another CLIP its parts mean nothing. Get that CLIP, or train again.')
 
-# %% ../nbs/11_risclip.ipynb #1423192a
+# %% ../nbs/11_risclip.ipynb #9e5646fa
 def model_folder(name) -> Path:
     "Where a trained model lies: a folder, a run's folder, or the name of one that comes with risclip (`data/<name>`, `<name>` in the installed package)."
     package = Path(risclip.__file__).resolve().parent
@@ -227,7 +229,9 @@ def load_risclip(folder, clip: CLIPTowers | None = None) -> RISCLIP:
     for file in (config, weights):
         if not file.is_file(): raise FileNotFoundError(f'{file} is not there: a trained model is a folder with {config.name} and {weights.name}')
     try:
-        read = json.loads(config.read_text()); settings, wanted = ModelSettings(**read['settings']), read['clip']
+        read = json.loads(config.read_text())
+        settings = ModelSettings(**read['settings'])
+        wanted = {key: read['clip'][key] for key in ('name', 'pretrained', 'sha256')}
     except (KeyError, TypeError, ValueError) as e: raise ValueError(f'{config} is not the config.json of a trained model: {e!r}') from e
     try: state = load_file(weights)
     except SafetensorError as e: raise ValueError(f'{weights} is not whole ({e}): get it again') from e

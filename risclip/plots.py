@@ -185,7 +185,7 @@ def _encoders(pen, blocks=3):
             pen.arrow(*[(x-1.4,18), (x-1.4,y+6)], part='cfe', z=3)   # what CFE adds to the stream
         pen.arrow((49,y+6), (55,y+6), z=3)
     for k in range(blocks): pen.box('cfe', 17.4+10*k, 16, 6.4, 5, 'CFE', 7, z=4)
-    pen.text('adapters', 49.3, 18.5, 'A: adapters', 6)
+    pen.text('adapters', 49.3, 18.5, 'A = adapters', 7)
 
 # %% ../nbs/00_plots.ipynb #974f2a6f
 def draw_pipeline(lit=(), ax=None):
@@ -200,7 +200,7 @@ def draw_pipeline(lit=(), ax=None):
     _encoders(pen)
     for x,y in (14,29), (13,8): pen.arrow((x,y), (17,y))
     pen.box('ske', 55, 2, 9, 33, 'SKE')
-    pen.text('ske', 59.5, 15.6, 'in the\nshared\nspace', 6)
+    pen.text('ske', 59.5, 15.6, 'in the\nshared\nspace', 7)
     for y in (29,8): pen.arrow((64,y), (67.6,y), (67.6,20 if y > 16 else 16), part='grounding')
     pen.box('grounding', 65.4, 16, 4.6, 4, 'cos', 6.5)
     pen.arrow((70,18), (72,18), part='grounding')
@@ -208,10 +208,10 @@ def draw_pipeline(lit=(), ax=None):
     pen.text('decoder', 89, 18, 'decoder', 7)
     for a,b in (82,84.5), (93,96): pen.arrow((a,18), (b,18), part='decoder')
     pen.arrow((49.8,8), (49.8,-1.6), (88.7,-1.6), (88.7,11.5), part='decoder')   # the early features
-    pen.text('decoder', 70, -2.8, 'features of the image blocks', 6)
+    pen.text('decoder', 70, -2.8, 'features of the image blocks', 7)
     return ax
 
-# %% ../nbs/00_plots.ipynb #4d70c707
+# %% ../nbs/00_plots.ipynb #41524805
 PAPER_LADDER = dict(raw=23.86, adapters=48.29, cfe=60.58, ske=62.64, decoder=68.0)   # mIoU in percent, CLIP ViT-B/16, RefCOCOg (umd) test
 # Source: Kim et al., "Extending CLIP's Image-Text Alignment to Referring Image Segmentation", NAACL 2024, arXiv:2306.08498.
 # The first four are one ablation; the last is the full model in the table of results, so that the same protocol is likely, not certain.

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from .refmoji import (PLACES, RELATIONS, YES, Description, article, describe_looks, long_words, noun_phrase, placed, plain_words,
-                             random_scene, related, see, short_words)
+                             random_scene, related, see, short_words, stands_on)
 
 # %% ../nbs/05_pretraining.ipynb #5f765410
 POOL = 1000  # RefMoji's pictures have the random streams [seed, 0...4, number]; these have [seed, 1000, number]
@@ -51,7 +51,7 @@ def _said(rng, i, seen, anchored) -> Description:
 
 # %% ../nbs/05_pretraining.ipynb #088eb845
 def caption(rng, seen, ground: str) -> str:
-    "A caption of one to three of the things that are there, mostly with their ground; about half name a place or a relation."
+    "A caption of one to three of the things that are there, mostly with their ground; more than half name a place or a relation."
     order = rng.permutation(len(seen.category))[:int(rng.choice([1, 2, 3], p=[.3, .4, .3]))]
     first = _said(rng, int(order[0]), seen, anchored=rng.random() < .6)
     wording = [long_words, long_words, short_words, plain_words][int(rng.integers(4))] if len(order) == 1 else [long_words, short_words][int(rng.integers(2))]
@@ -61,12 +61,12 @@ def caption(rng, seen, ground: str) -> str:
         others = [article(noun_phrase(first, rng), rng, .2)] + others
         words = ', '.join(others[:-1]) + ' and ' + others[-1]
     else: words = ' and '.join([wording(first, rng, ground)] + others)
-    return words if ground in words or rng.random() < .15 else f'{words} on {"the " if rng.random() < .5 else ""}{ground}'
+    return words if ground in words.split() or rng.random() < .15 else f'{words} {stands_on(ground, "the " if rng.random() < .5 else "")}'
 
 # %% ../nbs/05_pretraining.ipynb #6344a8da
 @dataclass
 class PretrainSettings:
-    "Everything that decides what the small CLIP becomes. Sizes are ours: what two cores train within the hour."
+    "Everything that decides what the small CLIP becomes. Sizes are ours: small enough for two CPU cores."
     size: int = 96              # side of the square picture, pixels
     patch: int = 8              # 96 / 8 = 12: a map of 12 x 12
     width: int = 96             # of both towers and of the joint space
@@ -131,10 +131,10 @@ def _groups(model, weight_decay):
     kept = [p for n, p in model.named_parameters() if not (p.ndim >= 2 and 'embedding' not in n)]
     return [dict(params=decay, weight_decay=weight_decay), dict(params=kept, weight_decay=0.)]
 
-def learning_rate(step: int, s) -> float:
+def learning_rate(step: int, steps: int, warmup: int) -> float:
     "Linear warm-up, then half a cosine to zero, as a share of the highest rate."
-    if step < s.warmup: return (step + 1)/s.warmup
-    return .5*(1 + math.cos(math.pi*(step - s.warmup)/max(1, s.steps - s.warmup)))
+    if step < warmup: return (step + 1)/warmup
+    return .5*(1 + math.cos(math.pi*(step - warmup)/max(1, steps - warmup)))
 
 # %% ../nbs/05_pretraining.ipynb #eba4b57a
 class PretrainState:
@@ -178,7 +178,7 @@ def pretrain(
         rng = np.random.default_rng([s.seed, 2, step])           # a step depends on its number alone
         rows = s.held_out + rng.permutation(s.scenes)[:s.batch]
         tokens = tokenize([caption(rng, *facts[i]) for i in rows]); state.met[tokens.unique()] = True
-        for group in state.optimiser.param_groups: group['lr'] = s.lr*learning_rate(step, s)
+        for group in state.optimiser.param_groups: group['lr'] = s.lr*learning_rate(step, s.steps, s.warmup)
         loss = loss_of(*state.model(normalised(pixels[rows].to(device)), tokens.to(device)))
         state.optimiser.zero_grad(); loss.backward(); state.optimiser.step()
         with torch.no_grad(): state.model.logit_scale.clamp_(0, math.log(100))

@@ -23,28 +23,27 @@ from torch.utils.data import Dataset
 import risclip
 from .plots import COLOURS, show_mask, show_picture
 
-# %% ../nbs/01_refer.ipynb #6d11a8d1
+# %% ../nbs/01_refer.ipynb #677f62aa
 PUBLISHED_COUNTS = {  # (name, split_by): {split: (images, objects, expressions)}
     ('refcoco', 'unc'): dict(train=(16994, 42404, 120624), val=(1500, 3811, 10834), testA=(750, 1975, 5657), testB=(750, 1810, 5095)),
     ('refcoco+', 'unc'): dict(train=(16992, 42278, 120191), val=(1500, 3805, 10758), testA=(750, 1975, 5726), testB=(750, 1798, 4889)),
     ('refcocog', 'umd'): dict(train=(21899, 42226, 80512), val=(1300, 2573, 4896), test=(2600, 5023, 9602)),
     ('refcocog', 'google'): dict(train=(24698, 44822, 85474), val=(4650, 5000, 9536))}
 
-# %% ../nbs/01_refer.ipynb #742c1d6b
+# %% ../nbs/01_refer.ipynb #6d11a8d1
 def data_folder() -> Path:
     "Where data sets lie: $RISCLIP_DATA, else `data/` of the checkout that risclip is imported from, else `./data`."
     if os.environ.get('RISCLIP_DATA'): return Path(os.environ['RISCLIP_DATA'])
     checkout = Path(risclip.__file__).resolve().parents[1]
     return checkout/'data' if (checkout/'settings.ini').exists() else Path('data')
 
-# %% ../nbs/01_refer.ipynb #3166e45f
 def images_folder(root, name) -> Path:
     "Where the pictures of the set `name` lie: RefCOCO, + and g share COCO's train2014; RefMoji's three sets share theirs."
     images = Path(root)/'images'
     if name in ('refcoco', 'refcoco+', 'refcocog'): return images/'mscoco'/'images'/'train2014'
     return images/('refmoji' if name in ('refmoji', 'refmoji+', 'refmojig') else name)
 
-# %% ../nbs/01_refer.ipynb #20afa567
+# %% ../nbs/01_refer.ipynb #27d01877
 _names = {
     1: 'person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant',
     13: 'stop_sign parking_meter bench bird cat dog horse sheep cow elephant bear zebra giraffe',
@@ -56,7 +55,7 @@ _names = {
     84: 'book clock vase scissors teddy_bear hair_drier toothbrush'}
 COCO_CATEGORIES = {first+i: word.replace('_', ' ') for first, words in _names.items() for i, word in enumerate(words.split())}
 
-# %% ../nbs/01_refer.ipynb #6463221d
+# %% ../nbs/01_refer.ipynb #47b0c979
 class _PlainUnpickler(pickle._Unpickler):  # the one in Python: the one in C sets aside any memory that a damaged file names
     "Lists, dicts, text and numbers have opcodes of their own. What asks for a name could run code: refused."
     def find_class(self, module, name): raise pickle.UnpicklingError(f'it asks for {module}.{name}')
@@ -77,7 +76,7 @@ def read_refs(path) -> list:
         raise ValueError(f'{path} is not a list of refs (dicts with {", ".join(sorted(keys))}).')
     return refs
 
-# %% ../nbs/01_refer.ipynb #12d1fe35
+# %% ../nbs/01_refer.ipynb #82b394db
 def _polygons(segmentation, size, name):
     "The polygons that pycocotools reads as polygons: it takes a first one of four numbers for a box."
     polygons = [p for p in segmentation if len(p) >= 6 and len(p) % 2 == 0]
@@ -90,7 +89,7 @@ def _polygons(segmentation, size, name):
         raise ValueError(f'{name} has points far outside its picture of {size[1]} x {size[0]} pixels')
     return polygons
 
-# %% ../nbs/01_refer.ipynb #1b205afc
+# %% ../nbs/01_refer.ipynb #5d17c772
 def run_lengths(counts) -> np.ndarray:
     """The run lengths in COCO's `counts`: a list, or their text of five bits a letter, from the third on as differences.
 
@@ -107,7 +106,7 @@ def run_lengths(counts) -> np.ndarray:
     for first in (1, 2): runs[first::2] = np.cumsum(runs[first::2])
     return runs
 
-# %% ../nbs/01_refer.ipynb #619a7374
+# %% ../nbs/01_refer.ipynb #3ada6bdd
 def decode_mask(segmentation, size:tuple, name='a mask') -> np.ndarray:
     """bool [H,W] of COCO's `segmentation`: a list of polygons (their union), or run lengths (dict of size and counts).
 
@@ -125,7 +124,7 @@ def decode_mask(segmentation, size:tuple, name='a mask') -> np.ndarray:
         raise ValueError(f'{name}: its runs hold {runs.sum()} pixels, its picture {h*w}')
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(w, h).T
 
-# %% ../nbs/01_refer.ipynb #532c1a76
+# %% ../nbs/01_refer.ipynb #18c2221d
 MARKS = ('hidden', 'cut', 'blurred')
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +144,7 @@ class Expression:
     @property
     def length(self) -> int: return len(self.text.split())
 
-# %% ../nbs/01_refer.ipynb #291db6e4
+# %% ../nbs/01_refer.ipynb #23193db3
 class Refer:
     """A data set in RefCOCO's files: `root/name/refs(split_by).p` and `root/name/instances.json`.
 
@@ -173,7 +172,7 @@ class Refer:
     def __repr__(self):
         return f'Refer({self.name}, {self.split_by}): ' + ', '.join(f'{s} {len(self._refs[s])}' for s in self.splits) + ' objects'
 
-# %% ../nbs/01_refer.ipynb #dac6967f
+# %% ../nbs/01_refer.ipynb #12d1fe35
 @patch
 def _read_instances(self:Refer):
     instances = json.loads(self.instances_file.read_bytes())
@@ -208,7 +207,7 @@ def _check(self:Refer, ref):
     if ann['image_id'] != ref['image_id']:
         raise ValueError(f'{self.refs_file}: ref {ref["ref_id"]} is in picture {ref["image_id"]}, its annotation in {ann["image_id"]}')
 
-# %% ../nbs/01_refer.ipynb #3c792014
+# %% ../nbs/01_refer.ipynb #8bf084ee
 @patch
 def counts(self:Refer) -> dict:
     "{split: (images, objects, expressions)}"
@@ -222,7 +221,7 @@ def _compare(self:Refer):
     differ = [f'{s} has {ours.get(s, (0, 0, 0))} instead of {published[s]}' for s in published if ours.get(s) != published[s]]
     if differ: warnings.warn(f'{self.refs_file} differs from what was published (images, objects, expressions): {"; ".join(differ)}')
 
-# %% ../nbs/01_refer.ipynb #a4fd54d5
+# %% ../nbs/01_refer.ipynb #70fcf34d
 @patch
 def _split(self:Refer, split):
     if split in self._refs: return self._refs[split]
@@ -249,7 +248,7 @@ def expressions(self:Refer, split) -> list:
     "Every expression of the split, ordered by ref_id and sent_id."
     return [e for expressions in self.objects(split) for e in expressions]
 
-# %% ../nbs/01_refer.ipynb #c07afb34
+# %% ../nbs/01_refer.ipynb #ea13e4c9
 @patch
 def size(self:Refer, image_id) -> tuple:
     "(H, W) of a picture in pixels."
@@ -267,7 +266,7 @@ def picture(self:Refer, image_id) -> Image.Image:
         raise ValueError(f'{file} is {picture.size[::-1]}, {self.instances_file} says {self.size(image_id)} (height, width)')
     return picture
 
-# %% ../nbs/01_refer.ipynb #cab9805d
+# %% ../nbs/01_refer.ipynb #619a7374
 @patch
 def mask(self:Refer, ann_id) -> np.ndarray:
     "bool [H,W]: the pixels of one thing."
@@ -289,16 +288,16 @@ def category(self:Refer, ann_id) -> str:
     "The name of what it is."
     return self.categories[self.annotations[ann_id]['category_id']]
 
-# %% ../nbs/01_refer.ipynb #a40ca7f4
+# %% ../nbs/01_refer.ipynb #76faafdb
 @patch
 def show(self:Refer, expression, ax=None, things=False):
     "Draw the picture, the phrase above it and the referent's mask (with `things`, everything else too) -> the axis."
     ax = show_picture(self.picture(expression.image_id), ax, title=expression.text)
     for ann_id in self.things(expression.image_id) if things else ():
-        if ann_id != expression.ann_id: show_mask(self.mask(ann_id), ax, colour=COLOURS['lookalike'])
-    return show_mask(self.mask(expression.ann_id), ax, colour=COLOURS['referent'])
+        if ann_id != expression.ann_id: show_mask(self.mask(ann_id), ax, colour=COLOURS['lookalike'], alpha=.12)
+    return show_mask(self.mask(expression.ann_id), ax, colour=COLOURS['referent'], alpha=.12)  # a faint tint: phrases speak of colours
 
-# %% ../nbs/01_refer.ipynb #379b7b48
+# %% ../nbs/01_refer.ipynb #532c1a76
 def _known(entry, keys, what):
     "Refuse a mistyped key: it would silently lose what it holds."
     unknown = sorted(set(entry) - set(keys))
@@ -316,7 +315,7 @@ def _sentence(expression) -> dict:
     if not sent.strip(): raise ValueError(f'the phrase {expression!r} has no words')
     return dict(raw=raw, sent=sent, tokens=sent.split()) | _plain(given)
 
-# %% ../nbs/01_refer.ipynb #d39885b2
+# %% ../nbs/01_refer.ipynb #dac6967f
 def _segmentation(mask, size):
     "COCO's segmentation (a bool array as compressed run lengths), its area and its box."
     given = mask if isinstance(mask, (list, dict)) else None
@@ -331,7 +330,7 @@ def _segmentation(mask, size):
     kept = _plain(given) if given else dict(size=list(rle['size']), counts=rle['counts'].decode('ascii'))
     return kept, area, [float(x) for x in coco_mask.toBbox(rle)]
 
-# %% ../nbs/01_refer.ipynb #99d2dcbb
+# %% ../nbs/01_refer.ipynb #06ee514e
 def _encoded(picture, suffix=None):
     "The bytes of a picture's file, its suffix and (H, W). What is already encoded stays as it is."
     if isinstance(picture, (str, Path)): content, suffix = Path(picture).read_bytes(), suffix or Path(picture).suffix
@@ -357,7 +356,7 @@ class _Writer:
         coco = {word: number for number, word in COCO_CATEGORIES.items()}
         return self.categories.setdefault(name, coco.get(name) or 1001 + sum(n not in coco for n in self.categories))
 
-# %% ../nbs/01_refer.ipynb #6ab263a7
+# %% ../nbs/01_refer.ipynb #a7ef0040
 @patch
 def add(self:_Writer, example):
     "One picture with everything in it."
@@ -383,7 +382,7 @@ def store(self:_Writer, picture, content, file_name):
         raise ValueError(f'{file} is there with another picture: give other image_ids, another images= folder, or overwrite=True')
     return file_name
 
-# %% ../nbs/01_refer.ipynb #1b70753b
+# %% ../nbs/01_refer.ipynb #a4fd54d5
 @patch
 def add_thing(self:_Writer, thing, image, split):
     "One thing in a picture: an annotation, and a ref if phrases point to it."
@@ -401,7 +400,7 @@ def add_thing(self:_Writer, thing, image, split):
     self.refs.append(dict(ref_id=len(self.refs)+1, ann_id=ann_id, category_id=category_id, image_id=image['id'],
         file_name=f'{file.stem}_{ann_id}{file.suffix}', split=split, sent_ids=[s['sent_id'] for s in sentences], sentences=sentences))
 
-# %% ../nbs/01_refer.ipynb #64c86ad0
+# %% ../nbs/01_refer.ipynb #6bc9d04e
 def write_refer(root, name, split_by, examples, images=None, overwrite=False) -> Path:
     """Write pictures, masks and phrases as RefCOCO's files, which `Refer(name, split_by, root, images)` reads; returns their folder.
 
@@ -431,7 +430,7 @@ def write_refer(root, name, split_by, examples, images=None, overwrite=False) ->
         new.rename(folder)
     return folder
 
-# %% ../nbs/01_refer.ipynb #d2ae0cdd
+# %% ../nbs/01_refer.ipynb #cab9805d
 class Batch(NamedTuple):
     "What the model and the loss see. An item of the data set is the same without B."
     pixels: torch.Tensor  # [B,3,S,S] float, normalised
@@ -439,7 +438,7 @@ class Batch(NamedTuple):
     mask: torch.Tensor    # [B,1,S,S] float, 0 or 1
     index: torch.Tensor   # [B] long, the row in the data set
 
-# %% ../nbs/01_refer.ipynb #502843d1
+# %% ../nbs/01_refer.ipynb #a40ca7f4
 def resize_picture(picture, size) -> np.ndarray:
     "uint8 [3,S,S]: bicubic, the aspect is not kept."
     return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1).copy()
@@ -449,7 +448,7 @@ def resize_mask(mask, size) -> np.ndarray:
     covered = np.asarray(Image.fromarray(mask.astype(np.float32)).resize((size, size), Image.Resampling.BOX))
     return (covered > 0) & (covered >= min(.5, covered.max()))
 
-# %% ../nbs/01_refer.ipynb #7b08d8f0
+# %% ../nbs/01_refer.ipynb #db36c6f3
 class ReferDataset(Dataset):
     """Items of a split: in training one an object, its sentence drawn anew each epoch; in evaluation every expression.
 
@@ -481,7 +480,7 @@ class ReferDataset(Dataset):
         if self._drawn[0] != epoch: self._drawn = epoch, [self.expression(row) for row in range(len(self))]
         return self._drawn[1]
 
-# %% ../nbs/01_refer.ipynb #60829771
+# %% ../nbs/01_refer.ipynb #42988d64
 @patch
 def pixels(self:ReferDataset, image_id) -> torch.Tensor:
     "float [3,S,S]: one picture, resized and normalised."

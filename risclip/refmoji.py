@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['NOUNS', 'DRAWINGS', 'LOOK_ALIKE_KINDS', 'TINTS', 'COLOURS', 'GROUNDS', 'GROUND_SIDE', 'SIDES', 'WRITTEN_ON',
            'CLEARLY', 'PERHAPS', 'YES', 'UNCLEAR', 'NO', 'PLACES', 'RELATIONS', 'SIZE_WORDS', 'RELATION_WORDS', 'SETS',
-           'PICTURES', 'drawing', 'tinted', 'tinted_drawing', 'ground', 'Thing', 'Scene', 'draw', 'random_scene',
-           'colour_shares', 'Seen', 'judge_colours', 'gaps', 'see', 'Description', 'looks', 'placed', 'related',
-           'truth', 'referent', 'describe_looks', 'describe', 'article', 'noun_phrase', 'short_words', 'plain_words',
-           'long_words', 'Rules', 'expressions', 'make_picture', 'build_refmoji', 'refmoji_folder']
+           'PICTURES', 'VERSION', 'drawing', 'tinted', 'tinted_drawing', 'ground', 'Thing', 'Scene', 'draw',
+           'random_scene', 'colour_shares', 'Seen', 'judge_colours', 'gaps', 'see', 'Description', 'looks', 'placed',
+           'related', 'truth', 'referent', 'describe_looks', 'describe', 'article', 'noun_phrase', 'stands_on',
+           'short_words', 'plain_words', 'long_words', 'Rules', 'expressions', 'make_picture', 'build_refmoji',
+           'refmoji_folder']
 
 # %% ../nbs/02_refmoji.ipynb #4866cba1
 import io, os, tempfile
@@ -27,7 +28,7 @@ from tqdm.auto import tqdm
 
 from .refer import data_folder, images_folder, write_refer
 
-# %% ../nbs/02_refmoji.ipynb #d0e62e18
+# %% ../nbs/02_refmoji.ipynb #e9d6cd35
 _words_and_drawings = '''
 person: person, human: 1F9CD 1F6B6 1F57A 1F483
 bicycle: bicycle, bike: 1F6B2
@@ -61,7 +62,7 @@ kite: kite: 1FA81
 skateboard: skateboard: 1F6F9
 '''
 
-# %% ../nbs/02_refmoji.ipynb #24dba119
+# %% ../nbs/02_refmoji.ipynb #92bc10bb
 _words_and_drawings += '''
 bottle: bottle: 1F37E 1F9F4 1F37C
 wine glass: wine glass: 1F377 1F378
@@ -97,16 +98,16 @@ teddy bear: teddy bear, teddy: 1F9F8
 toothbrush: toothbrush: 1FAA5
 '''
 
-# %% ../nbs/02_refmoji.ipynb #575d0de2
+# %% ../nbs/02_refmoji.ipynb #4b5b5dff
 _rows = [[part.strip() for part in row.split(':')] for row in _words_and_drawings.split('\n') if row]
 NOUNS = {name: [word.strip() for word in words.split(',')] for name, words, _ in _rows}  # category -> what it may be called
 DRAWINGS = {name: codes.split() for name, _, codes in _rows}                             # category -> OpenMoji's codes
 LOOK_ALIKE_KINDS = [                                                                     # never in one picture
-    {'car', 'truck', 'bus'}, {'bear', 'teddy bear'}, {'cup', 'bowl', 'wine glass', 'vase'}, {'laptop', 'tv', 'keyboard'},
+    {'car', 'truck', 'bus', 'train'}, {'bicycle', 'motorcycle'}, {'bear', 'teddy bear'}, {'cup', 'bowl', 'wine glass', 'vase'}, {'laptop', 'tv', 'keyboard'},
     {'apple', 'orange', 'sports ball'}, {'chair', 'couch', 'bed', 'toilet'}, {'handbag', 'suitcase', 'backpack'},
     {'knife', 'spoon', 'toothbrush'}]
 
-# %% ../nbs/02_refmoji.ipynb #8b312cbc
+# %% ../nbs/02_refmoji.ipynb #575d0de2
 @lru_cache(maxsize=None)
 def drawing(
     code: str,       # OpenMoji's name of the drawing, as '1F415'
@@ -120,7 +121,7 @@ def drawing(
     ys, xs = np.nonzero(rgba[..., 3] > 127)
     return rgba[ys.min():ys.max()+1, xs.min():xs.max()+1]
 
-# %% ../nbs/02_refmoji.ipynb #fadeb36b
+# %% ../nbs/02_refmoji.ipynb #89467426
 TINTS = dict(red=(232, 44, 44), yellow=(250, 216, 30), green=(52, 178, 66), blue=(44, 104, 236), purple=(150, 62, 214), pink=(255, 112, 186))
 COLOURS = list(TINTS)
 
@@ -139,7 +140,7 @@ def tinted_drawing(code: str, colour: str) -> np.ndarray:
     "`tinted(drawing(code), colour)`, kept."
     return tinted(drawing(code), colour)
 
-# %% ../nbs/02_refmoji.ipynb #e3026397
+# %% ../nbs/02_refmoji.ipynb #6b872b75
 GROUNDS = ['grass', 'sand', 'water', 'snow', 'brick', 'night', 'paper', 'stone', 'wood', 'carpet']
 GROUND_SIDE = 288  # pictures are cut from a square texture of this side
 
@@ -168,7 +169,7 @@ def ground(name: str) -> np.ndarray:
     out = np.array(base) + pattern[..., None] + grain*rng.standard_normal((GROUND_SIDE,)*2)[..., None]
     return out.clip(0, 255).astype(np.uint8)
 
-# %% ../nbs/02_refmoji.ipynb #ae890e05
+# %% ../nbs/02_refmoji.ipynb #720b3c62
 @dataclass
 class Thing:
     "One thing of a scene: what was drawn, and which pixels of it are seen."
@@ -192,7 +193,7 @@ class Scene:
     ground: str
     things: list
 
-# %% ../nbs/02_refmoji.ipynb #d0d7b7d7
+# %% ../nbs/02_refmoji.ipynb #0afd5b7a
 def _sprite(thing):
     "The thing's pixels at its size: [h, w, 4] uint8, colours times opacity (premultiplied, so that soft edges mix rightly)."
     rgba = drawing(thing.code) if thing.colour is None else tinted_drawing(thing.code, thing.colour)
@@ -203,7 +204,7 @@ def _sprite(thing):
     if thing.flip: sprite = sprite.transpose(Image.FLIP_LEFT_RIGHT)
     if not thing.blurred: return np.asarray(sprite)
     padded = Image.fromarray(np.pad(np.asarray(sprite), ((4, 4), (4, 4), (0, 0))), 'RGBa')
-    return np.asarray(padded.filter(ImageFilter.GaussianBlur(1.6)))
+    return np.asarray(padded.filter(ImageFilter.GaussianBlur(.027*thing.side)))
 
 def _paint(canvas, thing):
     "Draw one thing on the canvas in place -> its own pixels, bool [H, W], and how many it would have beyond all borders."
@@ -219,7 +220,7 @@ def _paint(canvas, thing):
         own[t:b, l:r] = alpha[..., 0] > 127
     return own, int((pixels[..., 3] > 127).sum())
 
-# %% ../nbs/02_refmoji.ipynb #79927bee
+# %% ../nbs/02_refmoji.ipynb #247ed5fd
 def draw(
     size: tuple,      # (H, W), pixels
     ground_name: str, # one of GROUNDS
@@ -238,7 +239,7 @@ def draw(
         above |= own
     return Scene(canvas, ground_name, things)
 
-# %% ../nbs/02_refmoji.ipynb #81f3c899
+# %% ../nbs/02_refmoji.ipynb #5d85022c
 SIDES = dict(small=(.28, .34), large=(.50, .66))  # the longer side, as a share of the picture's shorter side
 WRITTEN_ON = {'1F6D1', '1F4D4'}                   # drawings with letters: never flipped
 
@@ -269,8 +270,8 @@ def _thing(rng, name, H, W, before):
     flip = bool(rng.random() < .5) and code not in WRITTEN_ON
     return Thing(name, code, colour, round(side), x, y, flip, bool(rng.random() < .06))
 
-# %% ../nbs/02_refmoji.ipynb #dd4888bc
-def _apart(new, things): return all(abs(new.x - t.x) + abs(new.y - t.y) > .45*(new.side + t.side) for t in things)
+# %% ../nbs/02_refmoji.ipynb #45acf2fd
+def _apart(new, things): return all(abs(new.x - t.x) + abs(new.y - t.y) > .40*(new.side + t.side) for t in things)
 
 def random_scene(
     rng: np.random.Generator,
@@ -292,7 +293,7 @@ def random_scene(
     good = len(things) >= min(2, count or 2) and all(t.visible >= .45 and t.mask.sum() >= 60 for t in things)
     return scene if good else random_scene(rng, people, count)
 
-# %% ../nbs/02_refmoji.ipynb #bf8f174d
+# %% ../nbs/02_refmoji.ipynb #2d95f86b
 CLEARLY = dict(red=(348, 14), yellow=(44, 66), green=(78, 165), blue=(196, 250), purple=(256, 292), pink=(305, 342))  # hues in degrees
 PERHAPS = dict(red=(335, 24), yellow=(38, 76), green=(62, 178), blue=(178, 262), purple=(246, 312), pink=(292, 356))  # some may say so
 
@@ -309,7 +310,7 @@ def colour_shares(
     strong, weak = (span > .3*top) & (top > 70), (span > .14*top) & (top > 60)
     return np.array([[(within(*hues[c]) & enough).mean() for c in COLOURS] for hues, enough in ((CLEARLY, strong), (PERHAPS, weak))])
 
-# %% ../nbs/02_refmoji.ipynb #7eb18ca8
+# %% ../nbs/02_refmoji.ipynb #dd4888bc
 YES, UNCLEAR, NO = 1, 0, -1
 
 def _judge(value, yes, no):
@@ -328,7 +329,7 @@ class Seen:
     xy: np.ndarray      # [n, 2] the same in units of the mean side, for distances
     gap: np.ndarray     # [n, n] between the outlines, in the same units
 
-# %% ../nbs/02_refmoji.ipynb #2a70c2ef
+# %% ../nbs/02_refmoji.ipynb #20c1cf66
 def judge_colours(
     clearly: np.ndarray, # [n, 6] shares of the pixels of n things
     perhaps: np.ndarray  # [n, 6]
@@ -338,7 +339,7 @@ def judge_colours(
     yes = (clearly >= .36) & (clearly >= .75*perhaps) & (rival < .5)
     return np.where(yes, YES, np.where(perhaps <= .18, NO, UNCLEAR))
 
-# %% ../nbs/02_refmoji.ipynb #504a5a92
+# %% ../nbs/02_refmoji.ipynb #5f59e738
 def _outline(mask):
     "The pixels of a mask that have a neighbour outside it: [m, 2] of (y, x)."
     p = np.pad(mask, 1)
@@ -367,7 +368,7 @@ def see(scene: Scene) -> Seen:
     unit = (H + W)/2
     return Seen([t.category for t in things], colour, large, small, x, y, np.stack([x*W, y*H], -1)/unit, gaps([t.mask for t in things])/unit)
 
-# %% ../nbs/02_refmoji.ipynb #7a4f408b
+# %% ../nbs/02_refmoji.ipynb #be59478d
 @dataclass
 class Description:
     "The meaning of an expression: a kind of thing, its looks, its place, and its relation to another."
@@ -381,7 +382,7 @@ class Description:
 PLACES = ['left', 'right', 'top', 'bottom', 'middle', 'top left', 'top right', 'bottom left', 'bottom right']
 RELATIONS = ['left of', 'right of', 'above', 'below', 'next to']
 
-# %% ../nbs/02_refmoji.ipynb #7369d704
+# %% ../nbs/02_refmoji.ipynb #3a17603f
 def looks(d: Description, seen: Seen) -> np.ndarray:
     "Which things fit the description's noun, colour and size: [n] of YES, UNCLEAR, NO."
     fits = np.where([c == d.category for c in seen.category], YES, NO)
@@ -389,7 +390,7 @@ def looks(d: Description, seen: Seen) -> np.ndarray:
     if d.size: fits = np.minimum(fits, getattr(seen, d.size))
     return fits
 
-# %% ../nbs/02_refmoji.ipynb #8d19e8b4
+# %% ../nbs/02_refmoji.ipynb #55b035c4
 def _edge(value, able, margin=.1):
     "Is a thing the first along `value` (0 to 1) among those that are `able`, and on that side of the picture?"
     first = np.array([min([v for j, v in enumerate(value) if j != i and able[j]], default=1.) for i in range(len(value))])  # of the others
@@ -400,7 +401,7 @@ def _corner(x, y, margin=.42):
     "Is a thing in the corner at (0, 0)?"
     return np.where((x <= margin) & (y <= margin), YES, np.where((x >= .56) | (y >= .56), NO, UNCLEAR))
 
-# %% ../nbs/02_refmoji.ipynb #14d3f530
+# %% ../nbs/02_refmoji.ipynb #ced8faf0
 def placed(place: str, fits: np.ndarray, seen: Seen) -> np.ndarray:
     "Of the things that `fits` does not rule out, which are at `place`: [n] judgements."
     x, y, able = seen.x, seen.y, fits > NO
@@ -412,7 +413,7 @@ def placed(place: str, fits: np.ndarray, seen: Seen) -> np.ndarray:
     vertical, horizontal = place.split()
     return np.minimum(fits, _corner(along[horizontal], along[vertical]))
 
-# %% ../nbs/02_refmoji.ipynb #79c1de54
+# %% ../nbs/02_refmoji.ipynb #2401f1ec
 def _nearest(distance, able, near, clear):
     "Is a thing near, and clearly nearer than any other of those that are `able`? NO if it is far, or another is nearer."
     rival = np.array([min([d for j, d in enumerate(distance) if j != i and able[j]], default=np.inf) for i in range(len(distance))])
@@ -432,7 +433,7 @@ def related(relation: str, anchor: int, fits: np.ndarray, seen: Seen) -> np.ndar
     holds[anchor] = NO
     return np.minimum(fits, holds)
 
-# %% ../nbs/02_refmoji.ipynb #22b05ddc
+# %% ../nbs/02_refmoji.ipynb #7d70c04b
 def truth(d: Description, seen: Seen) -> np.ndarray:
     "Of which things is the description true: [n] of YES, UNCLEAR, NO. All NO where its anchor is not exactly one thing."
     fits = looks(d, seen)
@@ -448,7 +449,7 @@ def referent(d: Description, seen: Seen) -> int | None:
     yes = np.flatnonzero(fits == YES)
     return int(yes[0]) if len(yes) == 1 and (fits > NO).sum() == 1 else None
 
-# %% ../nbs/02_refmoji.ipynb #4af60e73
+# %% ../nbs/02_refmoji.ipynb #02d270cf
 def _pick(rng, choices): return choices[int(rng.integers(len(choices)))]
 
 def describe_looks(rng, i, seen, colour=.55, size=.45) -> Description:
@@ -466,7 +467,7 @@ def _options(i, seen, kind):
     if kind == 'place': return [dict(place=place) for place in PLACES]
     return [dict(relation=r, anchor=j) for j in range(len(seen.category)) if j != i for r in RELATIONS]
 
-# %% ../nbs/02_refmoji.ipynb #f095f44a
+# %% ../nbs/02_refmoji.ipynb #f70225ac
 def describe(
     rng, i: int, seen: Seen,
     kind: str,    # appearance, place, relation
@@ -487,7 +488,7 @@ def describe(
         if referent(d, seen) == i: return d
     return None
 
-# %% ../nbs/02_refmoji.ipynb #e4166433
+# %% ../nbs/02_refmoji.ipynb #8d19e8b4
 SIZE_WORDS = dict(large=['large', 'big'], small=['small', 'little'])
 RELATION_WORDS = {'left of': ['left of', 'to the left of', 'on the left side of'],
                   'right of': ['right of', 'to the right of', 'on the right side of'],
@@ -502,12 +503,16 @@ def noun_phrase(d: Description, rng) -> str:
     size = _pick(rng, SIZE_WORDS[d.size]) if d.size else ''
     return ' '.join(word for word in (size, d.colour, _pick(rng, NOUNS[d.category])) if word)
 
-# %% ../nbs/02_refmoji.ipynb #eb3ec165
+# %% ../nbs/02_refmoji.ipynb #9379cc8b
+def stands_on(ground: str, the='') -> str:
+    "'on grass', or with `the='the '` 'on the grass'; but 'at night'."
+    return 'at night' if ground == 'night' else f'on {the}{ground}'
+
 def short_words(d: Description, rng, ground: str) -> str:
     "As RefCOCO's players type: 'left dog', 'small red dog on the right'."
     looks_ = noun_phrase(d, rng)
     if d.relation: return f'{looks_} {_pick(rng, RELATION_WORDS[d.relation][:2])} {noun_phrase(d.anchor, rng)}'
-    if d.place is None: return _pick(rng, [looks_, f'the {looks_}', f'the {looks_}', f'{looks_} on {ground}'])
+    if d.place is None: return _pick(rng, [looks_, f'the {looks_}', f'the {looks_}', f'{looks_} {stands_on(ground)}'])
     word = _pick(rng, ['middle', 'center']) if d.place == 'middle' else d.place
     at = {'left': 'on', 'right': 'on', 'middle': 'in'}.get(d.place, 'at')
     return _pick(rng, [f'{word} {looks_}', f'the {word} {looks_}', f'{looks_} {word}', f'{looks_} {at} {word}',
@@ -516,11 +521,11 @@ def short_words(d: Description, rng, ground: str) -> str:
 def plain_words(d: Description, rng, ground: str) -> str:
     "As RefCOCO+ wants it, looks only: 'small pink chair'."
     looks_, noun = noun_phrase(d, rng), _pick(rng, NOUNS[d.category])
-    forms = [looks_, looks_, f'the {looks_}', f'the {looks_}', f'{looks_} on {ground}', f'the {looks_} on {ground}']
+    forms = [looks_, looks_, f'the {looks_}', f'the {looks_}', f'{looks_} {stands_on(ground)}']
     if d.colour and not d.size: forms += [f'{noun} that is {d.colour}']
     return _pick(rng, forms)
 
-# %% ../nbs/02_refmoji.ipynb #648422cc
+# %% ../nbs/02_refmoji.ipynb #1cc8e6e1
 def _where(place):
     "'on the left side', 'in the top left corner'."
     if ' ' in place: return f'in the {place} corner'
@@ -538,14 +543,14 @@ def long_words(d: Description, rng, ground: str) -> str:
         middle = f'in the {_pick(rng, ["middle", "center"])}'
         where = middle if d.place == 'middle' else _where(d.place)
         return f'{target} {_pick(rng, ["", "that is "])}{where} of the {picture}'
-    forms = [f'{target} on the {ground}', f'{target} that can be seen on the {ground}', f'{target} in the {picture}',
-             f'{target} in this {picture} of {ground}']
+    forms = [f'{target} in the {picture}', f'{target} in this {picture}', f'{target} that can be seen in the {picture}',
+             f'{target} {stands_on(ground, "the ")}']
     if d.colour and d.size:
         forms += [f'the {noun_phrase(Description(d.category), rng)} that is {_pick(rng, SIZE_WORDS[d.size])} and {d.colour}']*2
     if d.colour: forms += [f'{article(noun_phrase(Description(d.category, size=d.size), rng), rng)} that is {d.colour} in color']
     return _pick(rng, forms)
 
-# %% ../nbs/02_refmoji.ipynb #4c911033
+# %% ../nbs/02_refmoji.ipynb #be4229b0
 @dataclass
 class Rules:
     "How one of the three sets is made: how it words things, and how often it means what by what."
@@ -561,7 +566,7 @@ SETS = {
 }
 PICTURES = dict(train=9000, val=400, test=1000, testA=300, testB=300)  # how many are drawn a split
 
-# %% ../nbs/02_refmoji.ipynb #8ce260bc
+# %% ../nbs/02_refmoji.ipynb #bd2f05ff
 def _sentences(rng, i, scene, seen, rules):
     "Two or three different expressions that mean thing `i`, or an empty list."
     found = {}
@@ -584,7 +589,7 @@ def expressions(rng, scene: Scene, seen: Seen, rules: Rules, people=None) -> lis
     told = [(int(i), _sentences(rng, i, scene, seen, rules)) for i in order[:3]]
     return [(i, sentences) for i, sentences in told if sentences][:2]
 
-# %% ../nbs/02_refmoji.ipynb #f6bf9739
+# %% ../nbs/02_refmoji.ipynb #79c1de54
 def _run_lengths(mask):
     rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     return dict(size=list(rle['size']), counts=rle['counts'].decode('ascii'))
@@ -600,7 +605,9 @@ def make_picture(seed: int, split: str, number: int):
     things = [dict(mask=_run_lengths(t.mask), category=t.category, hidden=bool(t.hidden), cut=bool(t.cut), blurred=t.blurred) for t in scene.things]
     return file.getvalue(), things, told
 
-# %% ../nbs/02_refmoji.ipynb #8e85ca02
+# %% ../nbs/02_refmoji.ipynb #4479f6be
+VERSION = 'drawn-by-2'  # an empty file beside the pictures; raise it when this chapter draws or words anything otherwise
+
 def _made(jobs): return [make_picture(*job) for job in jobs]
 
 def _examples(name, made, images):
@@ -629,18 +636,24 @@ def build_refmoji(
     with tempfile.TemporaryDirectory(dir=root, prefix='.refmoji.') as scratch:
         scratch, images = Path(scratch), images_folder(scratch, 'refmoji')
         for name, rules in SETS.items(): write_refer(scratch, name, rules.split_by, _examples(name, made, images))
-        for new in (images, *(scratch/name for name in SETS)):
+        (images/VERSION).touch()
+        for new in (*(scratch/name for name in SETS), images):  # the mark comes last
             old, aside = (folder/new.relative_to(scratch) for folder in (root, scratch/'old'))
             for folder in (old.parent, aside.parent): folder.mkdir(parents=True, exist_ok=True)
             if old.exists(): old.rename(aside)  # it goes with the scratch folder
             new.rename(old)
     return root
 
-# %% ../nbs/02_refmoji.ipynb #5d2c8b98
+# %% ../nbs/02_refmoji.ipynb #cd289ec2
+def _is_there(root):
+    "Is all of RefMoji there, made by this version of the chapter?"
+    files = [images_folder(root, 'refmoji')/VERSION, *(root/name/file for name, rules in SETS.items() for file in ('instances.json', f'refs({rules.split_by}).p'))]
+    return all(file.exists() for file in files)
+
 def refmoji_folder(root=None) -> Path:
-    "Where RefMoji lies; it is built (in a minute or two) if it is not there. Default: `data_folder()`. Two that ask at once build it once."
+    """Where RefMoji lies; it is built (in a minute or two) if it is not there, or if another version of this chapter made it.
+    Default: `data_folder()`. Two that ask at once build it once."""
     root = Path(root or data_folder())
-    files = [images_folder(root, 'refmoji'), *(root/name/file for name, rules in SETS.items() for file in ('instances.json', f'refs({rules.split_by}).p'))]
-    if all(file.exists() for file in files): return root
+    if _is_there(root): return root
     root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root/'.refmoji.lock'): return root if all(file.exists() for file in files) else build_refmoji(root)
+    with FileLock(root/'.refmoji.lock'): return root if _is_there(root) else build_refmoji(root)

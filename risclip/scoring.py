@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from .refer import Batch
 
-# %% ../nbs/03_scoring.ipynb #51baa7e7
+# %% ../nbs/03_scoring.ipynb #1f859068
 def intersection_and_union(prediction, truth):
     """Pixels in both masks and pixels in either, two ints. Masks: bool [H,W], arrays or tensors.
     Raises `ValueError` for another dtype and for unequal shapes: nothing is broadcast or resized here."""
@@ -33,7 +33,7 @@ def intersection_and_union(prediction, truth):
         raise ValueError(f'prediction is {list(p.shape)}, truth {list(t.shape)}: resize the map to the truth before the threshold')
     return int((p & t).sum()), int((p | t).sum())
 
-# %% ../nbs/03_scoring.ipynb #01350a6e
+# %% ../nbs/03_scoring.ipynb #020deea3
 class Row(NamedTuple):
     "What is kept of one scored expression: pixels in both masks, pixels in either, its kind, its words."
     intersection: int
@@ -46,7 +46,7 @@ class Row(NamedTuple):
         "Intersection over union, 0..1; an empty union counts 0."
         return self.intersection/self.union if self.union else 0.
 
-# %% ../nbs/03_scoring.ipynb #dbc82f0e
+# %% ../nbs/03_scoring.ipynb #923f49db
 class Scores:
     """Collects scored expressions; `compute` gives mIoU, oIoU and P@X in percent.
     `thresholds`: the X of P@X, each above 0 and at most 1. `rows`: `Row`s to start from."""
@@ -71,7 +71,7 @@ class Scores:
         self.rows += other.rows
         return self
 
-# %% ../nbs/03_scoring.ipynb #0d36ffa3
+# %% ../nbs/03_scoring.ipynb #4307a2cc
 @patch
 def compute(self: Scores):
     """`dict(miou=, oiou=, p50=, ..., p90=, n=)`: percent, and the number of expressions.
@@ -89,7 +89,7 @@ def __repr__(self: Scores):
     numbers = self.compute() if self.rows else {'n': 0}
     return f'Scores(n={numbers.pop("n")}' + ''.join(f', {name}={v:.2f}' for name, v in numbers.items()) + ')'
 
-# %% ../nbs/03_scoring.ipynb #b89c8cfa
+# %% ../nbs/03_scoring.ipynb #dbc82f0e
 @patch
 def grouped(self: Scores, label):
     "`{label(row): numbers}`, in order of first use: the scores of each group of rows."
@@ -112,7 +112,7 @@ def by_length(self: Scores, edges=(1, 3, 5, 8, 12)):
     found = self.grouped(lambda r: names[-1 if r.length is None else bisect_right(edges, r.length)])
     return {name: found[name] for name in names if name in found}
 
-# %% ../nbs/03_scoring.ipynb #83bac4f9
+# %% ../nbs/03_scoring.ipynb #eaccab92
 def to_size(maps, size):
     "Maps [B,1,h,w] resized bilinearly to `size` (H,W); corners are pixel corners (`align_corners=False`)."
     return F.interpolate(maps, size=tuple(size), mode='bilinear', align_corners=False)
@@ -122,7 +122,7 @@ def truth_at(truth, size):
     mask = Image.fromarray(np.asarray(truth, np.uint8))
     return np.asarray(mask.resize((size[1], size[0]), Image.Resampling.NEAREST)).astype(bool)
 
-# %% ../nbs/03_scoring.ipynb #f025eba5
+# %% ../nbs/03_scoring.ipynb #83bac4f9
 def _above_threshold(found, n, thresholds):
     "The maps of one batch less their thresholds, `{name: [n,1,h,w]}`; `ValueError` when they cannot be scored."
     above = {}
@@ -135,7 +135,7 @@ def _above_threshold(found, n, thresholds):
         above[name] = maps.to(torch.promote_types(maps.dtype, torch.float32)) - threshold
     return above
 
-# %% ../nbs/03_scoring.ipynb #d5629fc3
+# %% ../nbs/03_scoring.ipynb #97cfce40
 @torch.no_grad()
 def evaluate(predict, dataset, batch_size=64, thresholds=.5, protocol='own', progress=False, device='cpu', workers=0):
     """Score every expression of `dataset` once, each against its own mask. Returns `{name: Scores}`.
@@ -163,7 +163,7 @@ def evaluate(predict, dataset, batch_size=64, thresholds=.5, protocol='own', pro
     if missed: raise ValueError(f'of {len(expressions)} expressions only some have a map: {missed}')
     return results
 
-# %% ../nbs/03_scoring.ipynb #9e9e1754
+# %% ../nbs/03_scoring.ipynb #0859d978
 def _checked_target(logits, target):
     "`logits` and `target` in one dtype, float32 or better. `ValueError` for unequal shapes or a target outside 0..1."
     if logits.shape != target.shape or logits.ndim != 4 or logits.shape[1] != 1:
@@ -173,7 +173,7 @@ def _checked_target(logits, target):
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return logits.to(dtype), target.to(dtype)
 
-# %% ../nbs/03_scoring.ipynb #16aaf159
+# %% ../nbs/03_scoring.ipynb #1e391450
 def dice_loss(logits, target):
     """1 - 2 sum(p t) / (sum(p^2) + sum(t^2)) of each map, then the mean over the batch: a scalar, 0..1.
     `logits`, `target` [B,1,h,w]. The target may be soft: p = target is the only zero.
@@ -183,7 +183,7 @@ def dice_loss(logits, target):
     overlap, areas = 2*(p*t).sum(1), p.square().sum(1) + t.square().sum(1)
     return 1 - ((overlap + 1e-6)/(areas + 1e-6)).mean()             # two empty maps: 0, not 0/0
 
-# %% ../nbs/03_scoring.ipynb #896d4d2f
+# %% ../nbs/03_scoring.ipynb #ab39ad0b
 def focal_loss(logits, target, alpha=.65, gamma=2.):
     """Mean over batch and pixels of w |t - p|^gamma BCE(p, t), with w = alpha t + (1 - alpha)(1 - t): a scalar, 0 or more.
     `logits`, `target` [B,1,h,w]. For a target of 0 and 1 this is the focal loss (arxiv.org/abs/1708.02002); the distance
@@ -197,7 +197,7 @@ def focal_loss(logits, target, alpha=.65, gamma=2.):
     weight = alpha*target + (1 - alpha)*(1 - target)
     return (weight*distance**gamma*cross_entropy).mean()
 
-# %% ../nbs/03_scoring.ipynb #e058c9bd
+# %% ../nbs/03_scoring.ipynb #df4adfc8
 def segmentation_loss(logits, target, dice_weight=1., focal_weight=1.75, alpha=.65, gamma=2.):
     "Dice + focal, weighted: the loss of both stages, a scalar. `logits`, `target` [B,1,h,w]; see `dice_loss` and `focal_loss`."
     return dice_weight*dice_loss(logits, target) + focal_weight*focal_loss(logits, target, alpha, gamma)

@@ -9,7 +9,7 @@ __all__ = ['Conditioning', 'SKE']
 from torch import nn, Tensor
 from .cfe import Attention
 
-# %% ../nbs/09_ske.ipynb #c85de9e9
+# %% ../nbs/09_ske.ipynb #52767d46
 class Conditioning(nn.Module):
     """One modality's half of an SKE layer: its three pre-normed, residual parts.
 
@@ -23,7 +23,7 @@ class Conditioning(nn.Module):
         for last in (self.between.mhca.out_proj, self.within.mhca.out_proj, self.mlp[-1]):
             nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
 
-# %% ../nbs/09_ske.ipynb #1aed3e31
+# %% ../nbs/09_ske.ipynb #91aff66d
 class SKE(nn.Module):
     """One layer of shared-space knowledge exploitation, on tokens in CLIP's joint space.
 

@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['MINIATURE', 'PRESETS', 'COLUMNS', 'TABLE', 'Settings', 'check_names', 'settings_of', 'given_names', 'settings_in',
-           'refer_of', 'dataset_of', 'patch_label', 'losses', 'stage_losses', 'batches', 'rate', 'runs_folder',
-           'room_for', 'check_folder', 'versions', 'git_commit', 'Run', 'read_history', 'bar_of', 'fit', 'train_stages',
-           'maps_of', 'choose_thresholds', 'score', 'report', 'table', 'train', 'draw_history', 'draw_predictions',
+           'refer_of', 'dataset_of', 'patch_label', 'losses', 'stage_losses', 'batches', 'runs_folder', 'room_for',
+           'check_folder', 'versions', 'git_commit', 'Run', 'read_history', 'bar_of', 'fit', 'train_stages', 'maps_of',
+           'choose_thresholds', 'score', 'report', 'table', 'train', 'draw_history', 'draw_predictions',
            'risclip_train', 'risclip_evaluate']
 
 # %% ../nbs/12_training.ipynb #e64f9c7a
-import csv, difflib, errno, json, math, os, platform, shutil, subprocess, sys, tempfile
+import csv, difflib, errno, io, json, math, os, platform, shutil, subprocess, sys, tempfile
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,13 +32,14 @@ from tqdm import tqdm
 import risclip
 from .clip import load_clip
 from .grounding import choose_threshold, raw_grounding
-from .model import RISCLIP, ModelSettings, identity, load_risclip, model_folder, written_whole
+from .model import RISCLIP, ModelSettings, identity, load_risclip, written_whole
 from .plots import COLOURS, show_map, show_mask, show_picture
+from .pretraining import learning_rate
 from .refer import Batch, Refer, ReferDataset
 from .refmoji import SETS, refmoji_folder
 from .scoring import Row, dice_loss, evaluate, focal_loss, intersection_and_union, to_size
 
-# %% ../nbs/12_training.ipynb #a4e21bd4
+# %% ../nbs/12_training.ipynb #df38fcf7
 @dataclass
 class Settings(ModelSettings):
     "Everything that decides a run. Behind each field: where its value at the paper's scale comes from. ValueError: a value that makes no sense."
@@ -72,20 +72,22 @@ class Settings(ModelSettings):
         choices = dict(label=('average', 'any'), precision=('no', 'bf16'))
         for name, known in choices.items():
             if getattr(self, name) not in known: raise ValueError(f'{name}={getattr(self, name)!r}: one of {", ".join(known)}')
-        for name in ('batch', 'stage1_steps', 'stage2_steps', 'save_every'):
-            if getattr(self, name) < 1: raise ValueError(f'{name}={getattr(self, name)}: at least 1')
+        least = dict(batch=1, batch2=1, stage1_steps=1, stage2_steps=1, save_every=1, test_limit=1, warmup=0, workers=0)
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low: raise ValueError(f'{name}={value}: at least {low}')
 
-# %% ../nbs/12_training.ipynb #6ed7119f
+# %% ../nbs/12_training.ipynb #5512244c
 MINIATURE = dict(clip='tinyclip', data='refmojig', heads=4, shared=96, ske_layers=2, ske_hidden=192, decoder_width=32, workers=0,
                  lr1=2e-3, lr2=6e-3, warmup=50, batch=64, save_every=100, values='none')
 PRESETS = {
     'smoke': MINIATURE | dict(stage1_steps=6, stage2_steps=4, batch=8, batch2=8, save_every=2, test_limit=24, ske_layers=1, warmup=1),
-    'refmojig': MINIATURE | dict(stage1_steps=400, stage2_steps=300),
-    'refmojig_long': MINIATURE | dict(stage1_steps=2500, stage2_steps=1000),
+    'refmojig': MINIATURE | dict(stage1_steps=400, stage2_steps=400),
+    'refmojig_long': MINIATURE | dict(stage1_steps=2000, stage2_steps=800),
     'refcocog_umd_b16': dict(clip='ViT-B-16-quickgelu', pretrained='openai', size=480),
 }
 
-# %% ../nbs/12_training.ipynb #7b3c05e5
+# %% ../nbs/12_training.ipynb #e080fd70
 def _nearest(name, names):
     near = difflib.get_close_matches(name, names, n=1, cutoff=.6)
     return f', did you mean {near[0]!r}?' if near else f'; there are {", ".join(names)}'
@@ -104,7 +106,7 @@ def settings_of(
     check_names(changes, [f.name for f in fields(Settings)])
     return Settings(**(PRESETS[preset] | {name: value for name, value in changes.items() if value is not None}))
 
-# %% ../nbs/12_training.ipynb #59284015
+# %% ../nbs/12_training.ipynb #0b7567b5
 def given_names(
     before: dict,   # a notebook's variables before its parameters: dict(globals())
     after: dict     # and after them: globals()
@@ -120,7 +122,7 @@ def settings_in(before: dict, after: dict):
     preset, folder = given.pop('preset'), given.pop('folder')
     return settings_of(preset, **given), folder
 
-# %% ../nbs/12_training.ipynb #847c866c
+# %% ../nbs/12_training.ipynb #68364299
 def refer_of(s: Settings) -> Refer:
     "The data set of the settings; RefMoji is built if it is not there. ValueError: it has no split `train`, or none called `s.test`."
     moji = s.data in SETS
@@ -134,14 +136,14 @@ def dataset_of(s: Settings, refer: Refer, split: str, clip, train=False, limit=N
     if limit and limit < len(expressions): expressions = [expressions[i] for i in np.linspace(0, len(expressions) - 1, limit).round().astype(int)]
     return ReferDataset(refer, split, clip.size, clip.tokenize, clip.mean, clip.std, train=train, seed=s.seed, expressions=expressions)
 
-# %% ../nbs/12_training.ipynb #62a640e2
+# %% ../nbs/12_training.ipynb #6fd1ceaa
 def patch_label(mask, grid, label='average'):
     """Stage 1's label: the mask [B, 1, S, S] on the patch grid [B, 1, h, w]: its average over each patch,
     or with `label='any'` 1 wherever any of it is the referent's."""
     pool = dict(average=F.adaptive_avg_pool2d, any=F.adaptive_max_pool2d)[label]
     return pool(mask, tuple(grid))
 
-# %% ../nbs/12_training.ipynb #5df94636
+# %% ../nbs/12_training.ipynb #79968b94
 def losses(s: Settings, logits, target) -> dict:
     "Dice, focal, and their weighted sum as `loss`; logits and target [B, 1, ., .]."
     dice, focal = dice_loss(logits, target), focal_loss(logits, target, s.alpha, s.gamma)
@@ -152,7 +154,7 @@ def stage_losses(s: Settings, stage: int, output, batch, grid) -> dict:
     if stage == 1: return losses(s, output.grounding, patch_label(batch.mask, grid, s.label))
     return losses(s, output.mask, batch.mask)
 
-# %% ../nbs/12_training.ipynb #b648aaf9
+# %% ../nbs/12_training.ipynb #7da0b50c
 def batches(dataset, s: Settings, start: int, steps: int, stage: int):
     "Batches `start` to `steps` of a stage. Each depends on seed, stage and step alone, so a run that goes on sees what it would have seen."
     size = s.batch if stage == 1 else s.batch2
@@ -164,13 +166,7 @@ def batches(dataset, s: Settings, start: int, steps: int, stage: int):
         dataset.set_epoch(epoch)
         yield from DataLoader(dataset, batch_sampler=rows[first:min(each, steps - epoch*each)], num_workers=s.workers)
 
-# %% ../nbs/12_training.ipynb #9e46516f
-def rate(step: int, steps: int, warmup: int) -> float:
-    "Linear warm-up, then half a cosine down to zero, as a share of the highest learning rate."
-    if step < warmup: return (step + 1)/warmup
-    return .5*(1 + math.cos(math.pi*(step - warmup)/max(1, steps - warmup)))
-
-# %% ../nbs/12_training.ipynb #dde89ff7
+# %% ../nbs/12_training.ipynb #ac16287a
 def runs_folder() -> Path:
     "Where runs go: `runs/` of the checkout that risclip is imported from, else `./runs`."
     checkout = Path(risclip.__file__).resolve().parents[1]
@@ -190,26 +186,27 @@ def check_folder(folder: Path, room: int):
     free = shutil.disk_usage(folder).free
     if free < room: raise OSError(errno.ENOSPC, f'{folder} has {free >> 20} MiB left on its disk, a run may need {room >> 20}: make room, or give another folder')
 
-# %% ../nbs/12_training.ipynb #5c38a356
+# %% ../nbs/12_training.ipynb #265f34d5
 def versions() -> dict:
     "What the run was made with."
     packages = {name: version(name) for name in ('torch', 'open_clip_torch', 'accelerate', 'numpy')}
     return dict(risclip=risclip.__version__, python=platform.python_version()) | packages
 
 def git_commit() -> str | None:
-    "The commit of the checkout that risclip is imported from, or None."
-    where = Path(risclip.__file__).parent
-    done = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=where, capture_output=True, text=True) if shutil.which('git') else None
-    return done.stdout.strip() if done and done.returncode == 0 else None
+    "The commit of the checkout that risclip is imported from, with -dirty if files were changed since; or None."
+    checkout = Path(risclip.__file__).resolve().parents[1]
+    if not (checkout/'settings.ini').exists() or not shutil.which('git'): return None
+    done = subprocess.run(['git', 'describe', '--always', '--abbrev=40', '--exclude=*', '--dirty'], cwd=checkout, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
 
-# %% ../nbs/12_training.ipynb #217b53b6
+# %% ../nbs/12_training.ipynb #53897863
 class Run:
     """A run's folder: its lock, its settings, its checkpoints, its history. Raises OSError (`check_folder`), RuntimeError if another
     process is at work in it, ValueError naming the setting if it holds a run of other settings or over another CLIP."""
     def __init__(self, folder, s: Settings, clip, progress=True):
         self.folder, self.s, self.progress, self.board = Path(folder), s, progress, None
         self.config, self.history, self.metrics = (self.folder/name for name in ('config.json', 'history.csv', 'metrics.json'))
-        check_folder(self.folder, room_for(s, clip))
+        check_folder(self.folder, 0 if self.metrics.exists() else room_for(s, clip))
         self.lock = FileLock(self.folder/'.lock')
         try: self.lock.acquire(timeout=0)
         except Timeout: raise RuntimeError(f'{self.folder} is in use by another process: wait for it, or give another folder') from None
@@ -232,7 +229,7 @@ class Run:
         if self.board: self.board.close()
         self.lock.release()
 
-# %% ../nbs/12_training.ipynb #0566a1c7
+# %% ../nbs/12_training.ipynb #51305735
 @patch
 def checkpoints(self: Run) -> list:
     "The checkpoints, oldest first. Each is whole: it was written under another name."
@@ -264,12 +261,13 @@ def resume(self: Run, stage: int, model, optimiser) -> int:
     optimiser.load_state_dict(torch.load(newest/'optimiser.pt', weights_only=True))
     return int(newest.name.split('-')[1])
 
-# %% ../nbs/12_training.ipynb #ab267629
+# %% ../nbs/12_training.ipynb #5c38a356
 COLUMNS = ('stage', 'step', 'loss', 'dice', 'focal', 'lr', 'norm')
 
 def read_history(file) -> list:
     "history.csv as a list of dicts of numbers. A last line that a kill cut short is left out."
-    with open(file, newline='') as f: rows = [r for r in csv.DictReader(f) if all(r.get(c) for c in COLUMNS)]
+    text = Path(file).read_text()
+    rows = csv.DictReader(io.StringIO(text[:text.rfind('\n') + 1]))      # a line is whole once its end is written
     return [{c: int(r[c]) if c in ('stage', 'step') else float(r[c]) for c in COLUMNS} for r in rows]
 
 @patch
@@ -288,11 +286,14 @@ def count(self: Run, stage, step) -> int:
 
 @patch
 def log(self: Run, row: dict):
-    "Add one row, a number for each of COLUMNS."
-    with open(self.history, 'a') as f: f.write(','.join(str(row[c]) for c in COLUMNS) + '\n')
+    "Add one row, a number for each of COLUMNS. Raises OSError if the disk is full; the checkpoints are untouched then."
+    try:
+        with open(self.history, 'a') as f: f.write(','.join(str(row[c]) for c in COLUMNS) + '\n')
+    except OSError as e:
+        raise OSError(e.errno, f'{self.history} could not be written ({e.strerror}): make room, and repeat the command. It goes on from the last checkpoint') from e
     for c in ('loss', 'dice', 'focal', 'lr'): self.board.add_scalar(f'stage{row["stage"]}/{c}', row[c], self.count(row['stage'], row['step']))
 
-# %% ../nbs/12_training.ipynb #addfa18e
+# %% ../nbs/12_training.ipynb #c5160478
 @patch
 def check_finite(self: Run, row: dict):
     "Raises FloatingPointError, naming the step and the last good checkpoint, if a number of the row is not finite."
@@ -306,7 +307,7 @@ def bar_of(run: Run, total, desc, initial=0):
     "A progress bar as plain text, so that a terminal, a log and a notebook can all show it; it moves every few seconds."
     return tqdm(total=total, desc=desc, initial=initial, mininterval=4, disable=not run.progress)
 
-# %% ../nbs/12_training.ipynb #ee23980c
+# %% ../nbs/12_training.ipynb #007aae6c
 def fit(run: Run, model: RISCLIP, stage: int, dataset, accelerator) -> RISCLIP:
     "One stage of training, from where the run left it to its end. Raises FloatingPointError for a loss or gradient that is not finite."
     s = run.s
@@ -318,7 +319,7 @@ def fit(run: Run, model: RISCLIP, stage: int, dataset, accelerator) -> RISCLIP:
     prepared, optimiser = accelerator.prepare(model.train(), optimiser)
     with bar_of(run, steps, f'stage {stage}', start) as bar:
         for step, batch in enumerate(batches(dataset, s, start, steps, stage), start):
-            for group in optimiser.param_groups: group['lr'] = lr*rate(step, steps, s.warmup)
+            for group in optimiser.param_groups: group['lr'] = lr*learning_rate(step, steps, s.warmup)
             batch = Batch(*(x.to(accelerator.device) for x in batch))
             with accelerator.autocast(): parts = stage_losses(s, stage, prepared(batch.pixels, batch.tokens), batch, model.clip.grid)
             optimiser.zero_grad(); accelerator.backward(parts['loss'])
@@ -331,7 +332,7 @@ def fit(run: Run, model: RISCLIP, stage: int, dataset, accelerator) -> RISCLIP:
             if (step + 1) % s.save_every == 0 or step + 1 == steps: run.save(stage, step + 1, model, optimiser)
     return model.requires_grad_(False)
 
-# %% ../nbs/12_training.ipynb #39ce4b1a
+# %% ../nbs/12_training.ipynb #d1021d2c
 def train_stages(run: Run, dataset, clip, accelerator) -> RISCLIP:
     "Stage 1 (adapters, CFE, SKE, scale and bias), then stage 2 (the decoder). What is done already is loaded."
     s = run.s
@@ -346,7 +347,7 @@ def train_stages(run: Run, dataset, clip, accelerator) -> RISCLIP:
     if not in_stage2: model.load_trained(model.trained_state() | below.trained_state())
     return fit(run, model, 2, dataset, accelerator)
 
-# %% ../nbs/12_training.ipynb #2325ad44
+# %% ../nbs/12_training.ipynb #c77f9721
 def maps_of(model: RISCLIP, batch) -> dict:
     "Everything that can be scored: the raw map of the CLIP below (cosines), the grounding and the mask (0..1), each [B, 1, ., .]."
     output = model(batch.pixels, batch.tokens)
@@ -365,7 +366,7 @@ def choose_thresholds(model: RISCLIP, dataset, device, batch_size=64) -> dict:
     best = {name: choose_threshold(torch.cat(v), torch.cat(masks))[0] for name, v in maps.items()}
     return best | (dict(mask=.5) if model.decoder else {})
 
-# %% ../nbs/12_training.ipynb #22149b04
+# %% ../nbs/12_training.ipynb #8d176b71
 def score(model: RISCLIP, s: Settings, refer: Refer, split=None, protocol='own', device='cpu', thresholds=None, progress=True):
     "Score a model on a split (None: the settings' own): ({raw, grounding, mask: Scores}, the thresholds)."
     model = model.eval().to(device)
@@ -384,7 +385,7 @@ def report(scores: dict, thresholds: dict) -> dict:
     kinds = {name: {kind: rounded(row) for kind, row in sc.by_kind().items()} for name, sc in scores.items()}
     return numbers | dict(kinds=kinds, thresholds=thresholds, expressions=next(iter(scores.values())).n)
 
-# %% ../nbs/12_training.ipynb #0d0ef09d
+# %% ../nbs/12_training.ipynb #f53e0bd8
 TABLE = dict(miou='mIoU', oiou='oIoU', p50='P@0.5', p60='P@0.6', p70='P@0.7', p80='P@0.8', p90='P@0.9')
 
 def table(metrics: dict) -> str:
@@ -392,7 +393,7 @@ def table(metrics: dict) -> str:
     lines = [['', *TABLE.values()]] + [[name, *(f'{metrics[name][c]:.2f}' for c in TABLE)] for name in ('raw', 'grounding', 'mask') if name in metrics]
     return '\n'.join(f'{name:9}' + ''.join(f'{cell:>8}' for cell in cells) for name, *cells in lines)
 
-# %% ../nbs/12_training.ipynb #bcbc14bc
+# %% ../nbs/12_training.ipynb #ab267629
 def train(
     s: Settings,
     folder,             # the run's folder; repeating the command goes on from its last checkpoint
@@ -400,6 +401,7 @@ def train(
 ) -> dict:              # what metrics.json holds
     "Train in two stages, score on the test split, write everything to `folder`. A finished run is only reported. Raises what `Run` and `fit` raise."
     accelerator = Accelerator(mixed_precision=s.precision)
+    if accelerator.num_processes > 1: raise ValueError(f'{accelerator.num_processes} processes: training in several is not built yet, start one')
     clip = load_clip(s.clip, s.pretrained, s.size)
     run = Run(folder, s, clip, progress)
     try:
@@ -414,7 +416,7 @@ def train(
         return metrics
     finally: run.close()
 
-# %% ../nbs/12_training.ipynb #b86097ec
+# %% ../nbs/12_training.ipynb #2325ad44
 def draw_history(file):
     "The losses of each stage in a history.csv, each step pale and a running mean dark -> the figure."
     rows = read_history(file)
@@ -430,7 +432,7 @@ def draw_history(file):
         ax.legend(frameon=False, fontsize=8)
     return figure
 
-# %% ../nbs/12_training.ipynb #44956008
+# %% ../nbs/12_training.ipynb #ac5a016d
 def _draw_row(figure, refer, e, maps, thresholds):
     "One expression: its phrase, the truth, and each map [1, 1, h, w] with its IoU."
     figure.suptitle(e.text, fontsize=10)
@@ -454,7 +456,7 @@ def draw_predictions(model: RISCLIP, dataset: ReferDataset, rows, thresholds: di
         _draw_row(part, dataset.refer, dataset.expressions[row], {name: value[k:k + 1] for name, value in maps.items()}, thresholds)
     return figure
 
-# %% ../nbs/12_training.ipynb #7355c7fa
+# %% ../nbs/12_training.ipynb #8d6c348c
 @call_parse
 def risclip_train(
     preset: str = 'smoke',  # smoke, refmojig, refmojig_long, refcocog_umd_b16
@@ -485,7 +487,9 @@ def risclip_evaluate(
     "Score a trained model on a split of a set."
     model = load_risclip(folder)
     s = Settings(**asdict(model.settings), data=data, split_by=split_by, root=root, test=split, test_limit=limit)
-    metrics = report(*score(model, s, refer_of(s), protocol=protocol)) | dict(protocol=protocol, data=data, split=split)
+    if out: check_folder(Path(out).resolve().parent, 0)                     # before the work, not after it
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    metrics = report(*score(model, s, refer_of(s), protocol=protocol, device=device)) | dict(protocol=protocol, data=data, split=split)
     print(table(metrics))
     if out:
         with written_whole(out) as new: new.write_text(json.dumps(metrics, indent=1) + '\n')

@@ -222,7 +222,7 @@ def test_broken_files_are_named(clip, tmp_path):
     folder = build(clip, 'calibrated').save(tmp_path/'model')
     config, weights = (folder/n for n in ('config.json', 'weights.safetensors'))
     whole, good = weights.read_bytes(), config.read_text()
-    for wrong in ('{', '[]', '{"settings": {}}', good.replace('"heads"', '"head"'), good.replace('calibrated', 'calibration')):
+    for wrong in ('{', '[]', '{"settings": {}}', json.dumps(json.loads(good) | dict(clip={})), good.replace('"heads"', '"head"'), good.replace('calibrated', 'calibration')):
         config.write_text(wrong)
         with pytest.raises(ValueError, match='config.json is not'): load_risclip(folder, clip)
     config.write_text(good)

@@ -1,5 +1,5 @@
 "The repository keeps its promises: notebooks, modules, README and wheel agree with each other."
-import ast, os, re, subprocess, sys, sysconfig, zipfile
+import ast, os, re, shutil, subprocess, sys, sysconfig, zipfile
 from pathlib import Path
 import nbformat, pytest
 from conftest import ROOT, source_files
@@ -97,6 +97,16 @@ def test_readme_links_lead_somewhere():
     for link in re.findall(r'\]\((?![a-z]+:|#)([^)\s#]+)', text): assert link.rstrip('/') in files | folders, link
 
 
+@pytest.mark.skipif(not shutil.which('make'), reason='there is no make')
+@pytest.mark.parametrize('target', ['train', 'test', 'install'])
+def test_readme_shows_the_lines_behind_make(target):
+    "For those without make: what `make` runs after `.venv/bin/python -m` stands in the README, word for word."
+    readme = (ROOT/'README.md').read_text(encoding='utf-8')
+    lines = [line.split(' -m ', 1)[1] for line in run('make', '-n', '-B', target, cwd=ROOT).splitlines() if re.search(r'python -m (papermill|pytest|pip install)', line)]
+    assert lines
+    for line in lines: assert line.removesuffix(' --durations 15') in readme, line
+
+
 INSIDE = r'''
 import importlib, pkgutil, sys, torch, risclip
 from importlib.metadata import entry_points, version
@@ -115,6 +125,9 @@ for b in clip.image.blocks: x = x + b.attend(x); x = x + b.mlp(x)
 h,w = clip.grid
 assert clip.image.project(x).shape == (1, 1+h*w, clip.width_joint)
 assert len(clip.sha256) == 64 and tokens.ndim == 2
+from risclip.model import load_risclip
+model = load_risclip('risclip-refmojig', clip)
+assert model(torch.zeros(1, 3, clip.size, clip.size), tokens).mask.shape == (1, 1, clip.size, clip.size)
 '''
 
 

@@ -10,9 +10,10 @@ import risclip.training as training
 from conftest import ROOT
 from risclip.clip import load_clip
 from risclip.model import load_risclip
+from risclip.pretraining import learning_rate
 from risclip.refer import ReferDataset
 from risclip.refmoji import build_refmoji
-from risclip.training import PRESETS, Run, Settings, batches, dataset_of, given_names, rate, read_history, refer_of, settings_in, settings_of, table, train
+from risclip.training import PRESETS, Run, Settings, batches, dataset_of, given_names, read_history, refer_of, settings_in, settings_of, table, train
 
 ENV = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
 
@@ -180,9 +181,12 @@ def test_found_before_training(smoke, tmp_path, monkeypatch):
     assert e.value.errno == 28
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason='root may write everywhere')
-def test_a_folder_without_the_right_to_write(smoke, tmp_path):
+def test_a_folder_without_the_right_to_write(smoke, tmp_path, monkeypatch):
+    no_training(monkeypatch)
     (tmp_path/'run').mkdir(mode=0o500)
+    if os.getuid() == 0:                                                   # root may write everywhere: the refusal is played
+        def refuse(**_): raise PermissionError(13, 'Permission denied')
+        monkeypatch.setattr(training.tempfile, 'TemporaryFile', refuse)
     with pytest.raises(PermissionError, match='cannot be written'): train(smoke, tmp_path/'run')
 
 
@@ -201,6 +205,56 @@ def test_a_disk_that_fills_during_a_save_loses_nothing(short, tmp_path, monkeypa
     monkeypatch.undo()
     assert train(short, tmp_path/'full', progress=False) == whole
     assert (tmp_path/'full'/'history.csv').read_text() == (tmp_path/'whole'/'history.csv').read_text()
+
+
+class Killed(BaseException): "What a process does not survive, played in this one: no `except Exception` sees it."
+
+AT = {'between the stages': (Run, 'start_history', 1), 'weights of stage 2': (training, 'save_file', 3), 'optimiser of stage 2': (torch, 'save', 3),
+      'old checkpoints go': (training.shutil, 'rmtree', 5), 'a checkpoint gets its name': (Path, 'rename', 3), 'while scoring': (training, 'score', 0),
+      'the finished model': (training.RISCLIP, 'save', 0), 'metrics.json': (training, 'report', 0), 'a line of the history': (Run, 'log', 5)}
+
+@pytest.mark.parametrize('error', [Killed(), OSError(28, 'No space left on device')], ids=['killed', 'full disk'])
+@pytest.mark.parametrize('place', AT)
+def test_whatever_happens_the_same_command_comes_to_the_same_end(two_stages, tmp_path, monkeypatch, place, error):
+    s, whole, metrics = two_stages
+    owner, name, nth = AT[place]
+    held, calls = getattr(owner, name), iter(range(10**6))
+    def dies(*a, **k):
+        if next(calls) == nth: raise error
+        return held(*a, **k)
+    monkeypatch.setattr(owner, name, dies)
+    with pytest.raises((Killed, OSError)): train(s, tmp_path/'run', progress=False)
+    monkeypatch.undo()
+    assert train(s, tmp_path/'run', progress=False) == metrics
+    assert (tmp_path/'run'/'history.csv').read_text() == (whole/'history.csv').read_text()
+    ours, theirs = (load_file(f/'model'/'weights.safetensors') for f in (tmp_path/'run', whole))
+    assert [k for k, v in theirs.items() if not torch.equal(v, ours[k])] == []
+
+
+@pytest.fixture(scope='module')
+def two_stages(smoke, tmp_path_factory):
+    "Settings of a very short run through both stages, its folder, its metrics."
+    torch.set_num_threads(1)
+    s = replace(smoke, stage1_steps=4, stage2_steps=4, save_every=2, batch=2, batch2=2, test_limit=4)
+    folder = tmp_path_factory.mktemp('runs')/'short'
+    return s, folder, train(s, folder, progress=False)
+
+
+def test_a_full_disk_while_logging_says_what_to_do(short, clip, tmp_path, monkeypatch):
+    def full(*a, **k): raise OSError(28, 'No space left on device')
+    run = Run(tmp_path, short, clip)
+    run.start_history(1, 0)
+    monkeypatch.setattr('builtins.open', full)
+    with pytest.raises(OSError, match='history.csv could not be written .* make room, and repeat'): run.log(dict.fromkeys(training.COLUMNS, 1))
+    monkeypatch.undo()
+    run.close()
+
+
+def test_what_is_not_finite_in_stage_2(two_stages, tmp_path, monkeypatch):
+    s, held = two_stages[0], training.stage_losses
+    def spoilt(s, stage, *args): return {name: v*(math.nan if stage == 2 else 1) for name, v in held(s, stage, *args).items()}
+    monkeypatch.setattr(training, 'stage_losses', spoilt)
+    with pytest.raises(FloatingPointError, match='loss is nan at step 0 of stage 2.*stage1-0000004. A lower lr2'): train(s, tmp_path/'run', progress=False)
 
 
 @pytest.mark.parametrize('what', ['loss', 'gradient'])
@@ -249,14 +303,14 @@ def test_batches_are_a_function_of_seed_stage_and_step(smoke, clip):
 
 
 def test_rate():
-    rates = [rate(step, 100, 10) for step in range(100)]
+    rates = [learning_rate(step, 100, 10) for step in range(100)]
     assert np.allclose(np.diff(rates[:10]), .1) and rates[9] == rates[10] == 1
     assert all(a > b for a, b in zip(rates[10:], rates[11:])) and 0 < rates[-1] < .001
 
 
 def test_a_cut_history_is_read(tmp_path):
     whole = 'stage,step,loss,dice,focal,lr,norm\n1,0,2.5,0.9,0.91,0.001,3.0\n'
-    for cut in ('', '1', '1,1,', '1,1,2.5,0.9,0.91,0.0'):
+    for cut in ('', '1', '1,1,', '1,1,2.5,0.9,0.91,0.0', '1,1,2.5,0.9,0.91,0.001,3', '1,1,2.5,0.9,0.91,0.001,1.2e-'):
         (tmp_path/'history.csv').write_text(whole + cut)
         assert read_history(tmp_path/'history.csv') == [dict(stage=1, step=0, loss=2.5, dice=.9, focal=.91, lr=.001, norm=3.)]
 
@@ -273,7 +327,8 @@ def test_names_are_checked():
     assert given_names(before, before | dict(table=5)) == dict(table=5)
 
 
-@pytest.mark.parametrize('wrong', [dict(batch=0), dict(save_every=0), dict(stage1_steps=-1), dict(label='mean'), dict(precision='fp16'), dict(lr1='1e-3'), dict(seed=1.5)])
+@pytest.mark.parametrize('wrong', [dict(batch=0), dict(save_every=0), dict(stage1_steps=-1), dict(label='mean'), dict(precision='fp16'), dict(lr1='1e-3'), dict(seed=1.5),
+                                   dict(batch2=0), dict(test_limit=0), dict(test_limit=-3), dict(warmup=-1), dict(workers=-1), dict(features='[1, 2, 3, 4]'), dict(features=(1.5,))])
 def test_values_are_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))): settings_of('smoke', **wrong)
 
@@ -289,10 +344,11 @@ def test_the_notebook_offers_every_setting():
     assert given.pop('preset') == 'smoke' and set(given.values()) == {None}
 
 
-def test_papermill_with_a_mistyped_name_stops_before_training(tmp_path):
+@pytest.mark.parametrize('notebook,wrong,near', [('train', 'stage1_stpes', 'stage1_steps'), ('evaluate', 'limt', 'limit'), ('pretrain', 'stpes', 'steps')])
+def test_papermill_with_a_mistyped_name_stops_before_the_work(tmp_path, notebook, wrong, near):
     import papermill
-    with pytest.raises(papermill.PapermillExecutionError, match="no setting 'stage1_stpes', did you mean 'stage1_steps'"):
-        papermill.execute_notebook(ROOT/'nbs'/'runs'/'train.ipynb', tmp_path/'out.ipynb', dict(stage1_stpes=3, folder=str(tmp_path/'run')),
+    with pytest.raises(papermill.PapermillExecutionError, match=f"no setting '{wrong}', did you mean '{near}'"):
+        papermill.execute_notebook(ROOT/'nbs'/'runs'/f'{notebook}.ipynb', tmp_path/'out.ipynb', {wrong: 3} | dict(folder=str(tmp_path/'run')),
                                    progress_bar=False, kernel_name='python3', cwd=str(tmp_path))
     assert not (tmp_path/'run').exists()
 
@@ -313,6 +369,20 @@ def test_evaluate_another_set_and_protocol(finished, root, capsys):
     training.risclip_evaluate(finished[0], data='refmoji', split='testB', root=str(root), protocol='lavt', limit=4)
     assert 'mask' in capsys.readouterr().out
     with pytest.raises(ValueError, match="no split 'test', but only testA and testB"): training.risclip_evaluate(finished[0], data='refmoji', root=str(root))
+
+
+def test_options_of_the_train_command(root, tmp_path):
+    process = command(tmp_path/'run', 'lives', '--preset', 'smoke', '--folder', tmp_path/'run', '--root', root, '--stage1_steps', '2', '--batch', '2', '--rung', 'calibrated', '--seed', '3')
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-2000:]
+    settings = json.loads((tmp_path/'run'/'config.json').read_text())['settings']
+    assert [settings[k] for k in ('rung', 'seed', 'stage1_steps', 'batch', 'root')] == ['calibrated', 3, 2, 2, str(root)]
+
+
+def test_several_processes_are_refused(smoke, tmp_path, monkeypatch):
+    no_training(monkeypatch)
+    monkeypatch.setattr(training.Accelerator, 'num_processes', 2)
+    with pytest.raises(ValueError, match='2 processes'): train(smoke, tmp_path/'run')
 
 
 # --- it learns
