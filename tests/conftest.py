@@ -5,6 +5,7 @@ import pytest
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('MPLBACKEND', 'Agg')
+os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')  # to the last bit the same: only the CPU promises that
 os.environ['JUPYTER_PREFER_ENV_PATH'] = '1'   # a notebook's kernel is that of the running environment
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # no test waits for a download
 

@@ -379,6 +379,16 @@ def test_options_of_the_train_command(root, tmp_path):
     assert [settings[k] for k in ('rung', 'seed', 'stage1_steps', 'batch', 'root')] == ['calibrated', 3, 2, 2, str(root)]
 
 
+def test_bf16(root, tmp_path):
+    "In a process of its own: accelerate's precision is one for a process."
+    code = f"""from risclip.training import *
+train(settings_of('smoke', root={str(root)!r}, precision='bf16', stage1_steps=2, stage2_steps=2, batch=2, batch2=2, test_limit=4), {str(tmp_path/'run')!r}, progress=False)"""
+    done = subprocess.run([sys.executable, '-c', code], env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(read_history(tmp_path/'run'/'history.csv')) == 4
+    assert all(v.dtype == torch.float32 for v in load_file(tmp_path/'run'/'model'/'weights.safetensors').values() if v.is_floating_point())
+
+
 def test_several_processes_are_refused(smoke, tmp_path, monkeypatch):
     no_training(monkeypatch)
     monkeypatch.setattr(training.Accelerator, 'num_processes', 2)
