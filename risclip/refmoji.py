@@ -471,17 +471,19 @@ def _options(i, seen, kind):
 def describe(
     rng, i: int, seen: Seen,
     kind: str,    # appearance, place, relation
-    steps: int=1  # how many relations, one inside the other
+    steps: int=1, # how many relations, one inside the other
+    without=()    # things that must not help: nothing is described by itself
 ) -> Description | None:
     "A random description of `kind` that means thing `i` and nothing else; a place or relation is needed, not decoration."
     shares = {} if kind == 'appearance' else dict(colour=.35, size=.25)
     for option in rng.permutation(_options(i, seen, kind)):
+        if kind == 'relation' and option['anchor'] in without: continue
         d = describe_looks(rng, i, seen, **shares)
         if kind != 'appearance' and (looks(d, seen) > NO).sum() < 2: continue
         if kind == 'relation':
             if related(option['relation'], option['anchor'], looks(d, seen), seen)[i] < YES: continue
             if steps == 1: anchor = describe_looks(rng, option['anchor'], seen)
-            else: anchor = describe(rng, option['anchor'], seen, 'relation', steps - 1)
+            else: anchor = describe(rng, option['anchor'], seen, 'relation', steps - 1, (*without, i))
             if anchor is None: continue
             option = dict(option, anchor=anchor)
         d = replace(d, **option)
@@ -573,7 +575,7 @@ def _sentences(rng, i, scene, seen, rules):
     for _ in range(int(rng.integers(2, 4))):
         name = rng.choice(list(rules.kinds), p=list(rules.kinds.values()))
         kind, steps = ('relation', 2) if name == 'relation 2' else (str(name), 1)
-        d = describe(rng, i, seen, kind, steps)
+        d = describe(rng, i, seen, kind, steps) or (describe(rng, i, seen, kind) if steps == 2 else None)
         if d is None: kind, d = 'appearance', describe(rng, i, seen, 'appearance')
         if d is not None: found.setdefault(rules.words(d, rng, scene.ground), kind)
     return [dict(sent=sent, kind=kind) for sent, kind in found.items()]
@@ -606,7 +608,7 @@ def make_picture(seed: int, split: str, number: int):
     return file.getvalue(), things, told
 
 # %% ../nbs/02_refmoji.ipynb #4479f6be
-VERSION = 'drawn-by-2'  # an empty file beside the pictures; raise it when this chapter draws or words anything otherwise
+VERSION = 'drawn-by-3'  # an empty file beside the pictures; raise it when this chapter draws or words anything otherwise
 
 def _made(jobs): return [make_picture(*job) for job in jobs]
 

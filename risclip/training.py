@@ -36,7 +36,7 @@ from .model import RISCLIP, ModelSettings, identity, load_risclip, written_whole
 from .plots import COLOURS, show_map, show_mask, show_picture
 from .pretraining import learning_rate
 from .refer import Batch, Refer, ReferDataset
-from .refmoji import SETS, refmoji_folder
+from .refmoji import SETS, VERSION, refmoji_folder
 from .scoring import Row, dice_loss, evaluate, focal_loss, intersection_and_union, to_size
 
 # %% ../nbs/12_training.ipynb #df38fcf7
@@ -190,7 +190,7 @@ def check_folder(folder: Path, room: int):
 def versions() -> dict:
     "What the run was made with."
     packages = {name: version(name) for name in ('torch', 'open_clip_torch', 'accelerate', 'numpy')}
-    return dict(risclip=risclip.__version__, python=platform.python_version()) | packages
+    return dict(risclip=risclip.__version__, refmoji=VERSION, python=platform.python_version()) | packages
 
 def git_commit() -> str | None:
     "The commit of the checkout that risclip is imported from, with -dirty if files were changed since; or None."

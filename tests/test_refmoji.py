@@ -196,6 +196,19 @@ def contents(folder): return {p.relative_to(folder).as_posix(): hashlib.sha256(p
 
 # ---- true of exactly one thing ----
 
+@pytest.mark.parametrize('split', SETS['refmojig'])
+def test_nothing_is_described_by_itself(sets, split):
+    "No 'cup under the cup over the large cup', where the large cup is the one that is meant."
+    refer, twice = sets['refmojig'], 0
+    for e in some(refer, split):
+        meant, at = [refer.things(e.image_id).index(e.ann_id)], parse(e.text)['anchor']
+        twice += bool(at and at['anchor'])
+        while at:
+            assert true_of(looked(refer, e.image_id), at) != meant, e.text
+            at = at['anchor']
+    assert twice > 50
+
+
 @pytest.mark.parametrize('name,split', SPLITS)
 def test_every_expression_is_true_of_one_thing(sets, name, split):
     refer = sets[name]
