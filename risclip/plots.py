@@ -68,11 +68,16 @@ def show_picture(picture, ax=None, title=None):
     return ax
 
 # %% ../nbs/00_plots.ipynb #55f37740
-def _mask(mask):
-    "Bool `[H, W]` from a mask of bools, or of zeros and ones; leading axes of length 1 are dropped."
-    m = _array(mask)
+def _plane(values, what):
+    "An array `[H, W]`; leading axes of length 1 are dropped. ValueError: it is not one plane."
+    m = _array(values)
     while m.ndim > 2 and m.shape[0] == 1: m = m[0]
-    if m.ndim != 2: raise ValueError(f'a mask is [H, W], not {list(m.shape)}')
+    if m.ndim != 2: raise ValueError(f'a {what} is [H, W] or [1, H, W], not {list(m.shape)}')
+    return m
+
+def _mask(mask):
+    "Bool `[H, W]` from a mask of bools, or of zeros and ones."
+    m = _plane(mask, 'mask')
     if not np.isin(m, (0, 1)).all():
         raise ValueError(f'a mask is yes or no, but this one holds {m.min():.3g} to {m.max():.3g}: '
                          'compare it with a threshold first, or use show_map')
@@ -96,9 +101,7 @@ def show_mask(mask, ax, colour=COLOURS['referent'], alpha=.45):
 # %% ../nbs/00_plots.ipynb #488d680f
 def _map(values):
     "A finite array `[h, w]` from `[h, w]` or `[1, h, w]`."
-    m = _array(values)
-    while m.ndim > 2 and m.shape[0] == 1: m = m[0]
-    if m.ndim != 2: raise ValueError(f'a map is [h, w] or [1, h, w], not {list(m.shape)}')
+    m = _plane(values, 'map')
     if not np.isfinite(m).all(): raise ValueError(f'the map holds {(~np.isfinite(m)).sum()} values that are not finite')
     return m
 

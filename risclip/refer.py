@@ -465,7 +465,9 @@ class ReferDataset(Dataset):
         self._drawn, self._cache = (None, None), {} if cache else None
 
     def __len__(self): return len(self._rows)
-    def set_epoch(self, epoch): self._epoch.fill_(epoch)
+    def set_epoch(self, epoch):
+        "Draw the sentences of this epoch from now on, in living worker processes too."
+        self._epoch.fill_(epoch)
 
     def expression(self, row) -> Expression:
         "The expression of a row: in training a function of seed, epoch and ref_id alone, never of a worker."

@@ -226,6 +226,7 @@ class Run:
                                                 f'give another folder, or remove {self.folder} to begin anew')
 
     def close(self):
+        "Give the lock back."
         if self.board: self.board.close()
         self.lock.release()
 
@@ -367,8 +368,9 @@ def choose_thresholds(model: RISCLIP, dataset, device, batch_size=64) -> dict:
     return best | (dict(mask=.5) if model.decoder else {})
 
 # %% ../nbs/12_training.ipynb #8d176b71
-def score(model: RISCLIP, s: Settings, refer: Refer, split=None, protocol='own', device='cpu', thresholds=None, progress=True):
-    "Score a model on a split (None: the settings' own): ({raw, grounding, mask: Scores}, the thresholds)."
+def score(model: RISCLIP, s: Settings, refer: Refer, split=None, protocol='own', device=None, thresholds=None, progress=True):
+    "Score a model on a split (None: the settings' own), on `device` (None: a GPU if there is one): ({raw, grounding, mask: Scores}, the thresholds)."
+    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     model = model.eval().to(device)
     if thresholds is None:
         known = dataset_of(s, refer, 'train', model.clip, limit=min(500, 4*(s.test_limit or 500)))
@@ -488,8 +490,7 @@ def risclip_evaluate(
     model = load_risclip(folder)
     s = Settings(**asdict(model.settings), data=data, split_by=split_by, root=root, test=split, test_limit=limit)
     if out: check_folder(Path(out).resolve().parent, 0)                     # before the work, not after it
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    metrics = report(*score(model, s, refer_of(s), protocol=protocol, device=device)) | dict(protocol=protocol, data=data, split=split)
+    metrics = report(*score(model, s, refer_of(s), protocol=protocol)) | dict(protocol=protocol, data=data, split=split)
     print(table(metrics))
     if out:
         with written_whole(out) as new: new.write_text(json.dumps(metrics, indent=1) + '\n')
