@@ -1,6 +1,7 @@
 # Every target may be repeated. `make PYTHON=python3.12 install` takes another Python.
 PYTHON ?= python3
 PRESET ?= refmojig
+SEEDS  ?= 0, 1, 2
 VENV   := .venv
 PY     := $(VENV)/bin/python
 RUN    := $(PY) -m papermill -k python3 --no-progress-bar --stdout-file - --stderr-file -
@@ -8,7 +9,7 @@ RUN    := $(PY) -m papermill -k python3 --no-progress-bar --stdout-file - --stde
 # A notebook's kernel is that of .venv, whatever else is installed.
 export JUPYTER_PREFER_ENV_PATH = 1
 
-.PHONY: help install data train pretrain test lab export clean
+.PHONY: help install data train pretrain ladder test lab export clean
 
 help:
 	@echo 'make install    .venv with everything in it (at most 10 minutes)'
@@ -17,6 +18,7 @@ help:
 	@echo 'make lab        open the notebooks in JupyterLab'
 	@echo 'make export     notebooks -> risclip/, cleaned notebooks, README.md'
 	@echo 'make pretrain   train the small CLIP again (90 minutes on two cores, minutes on a GPU)'
+	@echo 'make ladder     train and score every rung with three seeds into data/ladder/ (2 hours on two cores; SEEDS=7 takes another)'
 	@echo 'make clean      remove .venv, caches and generated data; runs/ stays'
 
 $(PY):
@@ -40,6 +42,10 @@ train: data
 pretrain: install
 	@mkdir -p runs/pretrain
 	$(RUN) nbs/runs/pretrain.ipynb runs/pretrain/pretrain.ipynb -p preset tinyclip -p folder runs/pretrain
+
+ladder: data
+	@mkdir -p runs/ladder
+	$(RUN) nbs/runs/ladder.ipynb runs/ladder/ladder.ipynb -p preset ladder -y 'seeds: [$(SEEDS)]'
 
 test: data
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist worksteal --durations 15

@@ -37,7 +37,7 @@ class ModelSettings:
     clip: str = 'tinyclip'           # 'tinyclip', a folder, or an open_clip architecture
     pretrained: str | None = None    # for an architecture: open_clip's tag, 'openai'
     size: int | None = None          # side of the square picture in pixels; None: the CLIP's own
-    values: str = 'none'             # MaskCLIP's reading under the trained rungs: none, last, every block (ours)
+    values: str = 'none'             # chapter 06's reading under the trained rungs: none, last, every; 'alone': last, without residual and MLP (ours)
     bottleneck: int | None = None    # of the adapters; None: half the width (inferred)
     cfe_layers: int | str | None = None # None: every block in which both towers meet (slides); 'last half' (paper's first version)
     shared: int = 512                # width of CFE's shared space (inferred)
@@ -70,10 +70,12 @@ class Output(NamedTuple):
     mask: Tensor | None              # logits [B, 1, S, S], a pixel each; None below the decoder's rung
 
 # %% ../nbs/11_risclip.ipynb #7aadb058
-def block_step(block, adapters, x, change):
-    "The rest of a block, with its adapters or None: tokens x [B, N, D] and what the attention changes in them -> [B, N, D]."
-    x = x + change
+def block_step(block, adapters, x, change, alone=False):
+    """The rest of a block, with its adapters or None: tokens x [B, N, D] and what the attention changes in them -> [B, N, D].
+    `alone`: the change is all that is kept, without the residual, and no MLP follows (chapter 06's reading 'values alone')."""
+    x = change if alone else x + change
     if adapters: x = x + adapters.attention(x)
+    if alone: return x
     x = x + block.mlp(x)
     return x + adapters.mlp(x) if adapters else x
 
@@ -101,8 +103,9 @@ class RISCLIP(nn.Module):
 
     def image_block(self, i, v):
         "Image block i: v [B, N, Dv] -> [B, N, Dv]."
-        block, n = self.clip.image.blocks[i], len(self.clip.image.blocks)
-        return block_step(block, self.image_adapters[i] if self.image_adapters else None, v, attended(block, v, i, n, self.settings.values))
+        block, n, values = self.clip.image.blocks[i], len(self.clip.image.blocks), self.settings.values
+        change = attended(block, v, i, n, 'last' if values == 'alone' else values)
+        return block_step(block, self.image_adapters[i] if self.image_adapters else None, v, change, alone=values == 'alone' and i == n - 1)
 
     def text_block(self, k, t, causal):
         "Text block k: t [B, T, Dt] -> [B, T, Dt]."

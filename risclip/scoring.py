@@ -137,11 +137,12 @@ def _above_threshold(found, n, thresholds):
 
 # %% ../nbs/03_scoring.ipynb #97cfce40
 @torch.no_grad()
-def evaluate(predict, dataset, batch_size=64, thresholds=.5, protocol='own', progress=False, device='cpu', workers=0):
+def evaluate(predict, dataset, batch_size=64, thresholds=.5, protocol='own', progress=False, device='cpu', workers=0, look=None):
     """Score every expression of `dataset` once, each against its own mask. Returns `{name: Scores}`.
     `predict(Batch) -> {name: scores [B,1,h,w]}`, of any h and w; a name may be 'raw', 'grounding', 'mask', ...
     `thresholds`: a pixel is predicted where its score >= threshold; a float, or one for each name.
     `protocol`: 'own', at the picture's own size; 'lavt', map and truth at 480 x 480 (github.com/yz93/LAVT-RIS).
+    `look(name, above, expression)`: called with each map less its threshold, float [H,W] at the size it is scored at, for those who want to do more.
     Raises `ValueError` for a training set, an empty one, and maps that cannot be scored."""
     if protocol not in ('own', 'lavt'): raise ValueError(f"protocol should be 'own' or 'lavt', got {protocol!r}")
     if getattr(dataset, 'train', False): raise ValueError('this is a training set, one sentence an object: make it with train=False')
@@ -157,8 +158,9 @@ def evaluate(predict, dataset, batch_size=64, thresholds=.5, protocol='own', pro
             truth = dataset.refer.mask(e.ann_id)                                 # [H, W]
             if protocol == 'lavt': truth = truth_at(truth, (480, 480))
             for name, above in found.items():
-                prediction = to_size(above[i:i + 1], truth.shape) >= 0           # [1, 1, H, W]
-                results.setdefault(name, Scores()).add(prediction[0, 0], truth, e.kind, e.length)
+                full = to_size(above[i:i + 1], truth.shape)[0, 0].cpu().numpy()              # [H, W]
+                results.setdefault(name, Scores()).add(full >= 0, truth, e.kind, e.length)
+                if look: look(name, full, e)
     missed = {name: scores.n for name, scores in results.items() if scores.n != len(expressions)}
     if missed: raise ValueError(f'of {len(expressions)} expressions only some have a map: {missed}')
     return results

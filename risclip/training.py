@@ -79,11 +79,12 @@ class Settings(ModelSettings):
 
 # %% ../nbs/12_training.ipynb #5512244c
 MINIATURE = dict(clip='tinyclip', data='refmojig', heads=4, shared=96, ske_layers=2, ske_hidden=192, decoder_width=32, workers=0,
-                 lr1=2e-3, lr2=6e-3, warmup=50, batch=64, save_every=100, values='none')
+                 lr1=2e-3, lr2=6e-3, warmup=50, save_every=100, values='none')
 PRESETS = {
     'smoke': MINIATURE | dict(stage1_steps=6, stage2_steps=4, batch=8, batch2=8, save_every=2, test_limit=24, ske_layers=1, warmup=1),
-    'refmojig': MINIATURE | dict(stage1_steps=400, stage2_steps=400),
-    'refmojig_long': MINIATURE | dict(stage1_steps=2000, stage2_steps=800),
+    'refmojig': MINIATURE | dict(stage1_steps=900, stage2_steps=400),
+    'ladder': MINIATURE | dict(stage1_steps=1000, stage2_steps=400, test_limit=300),
+    'refmojig_long': MINIATURE | dict(stage1_steps=3000, stage2_steps=800),
     'refcocog_umd_b16': dict(clip='ViT-B-16-quickgelu', pretrained='openai', size=480),
 }
 
@@ -399,12 +400,13 @@ def table(metrics: dict) -> str:
 def train(
     s: Settings,
     folder,             # the run's folder; repeating the command goes on from its last checkpoint
-    progress=True       # show progress bars
+    progress=True,      # show progress bars
+    clip=None           # the CLIP to stand on, where it is not the one that the settings name
 ) -> dict:              # what metrics.json holds
     "Train in two stages, score on the test split, write everything to `folder`. A finished run is only reported. Raises what `Run` and `fit` raise."
     accelerator = Accelerator(mixed_precision=s.precision)
     if accelerator.num_processes > 1: raise ValueError(f'{accelerator.num_processes} processes: training in several is not built yet, start one')
-    clip = load_clip(s.clip, s.pretrained, s.size)
+    clip = clip or load_clip(s.clip, s.pretrained, s.size)
     run = Run(folder, s, clip, progress)
     try:
         if run.metrics.exists():
