@@ -32,7 +32,7 @@ SCORED = {'refmojig': ('test',), 'refmoji': ('testA', 'testB'), 'refmoji+': ('te
 
 def run_settings(run: str, seed: int, preset='ladder', **changes) -> Settings:
     "The settings of one run of the ladder. `raw` and `calibrated` read CLIP as chapter 06 does, the trained rungs as the preset says."
-    if run in ('raw', 'calibrated'): changes = changes | dict(values='alone')
+    if run in ('raw', 'calibrated'): changes = changes | dict(values='raw')
     return settings_of(preset, rung=run, seed=seed, **changes)
 
 def rungs_of(run: str) -> tuple:

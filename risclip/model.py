@@ -37,7 +37,7 @@ class ModelSettings:
     clip: str = 'tinyclip'           # 'tinyclip', a folder, or an open_clip architecture
     pretrained: str | None = None    # for an architecture: open_clip's tag, 'openai'
     size: int | None = None          # side of the square picture in pixels; None: the CLIP's own
-    values: str = 'none'             # chapter 06's reading under the trained rungs: none, last, every; 'alone': last, without residual and MLP (ours)
+    values: str = 'none'             # chapter 06's reading under the trained rungs: none, last, every; 'raw': that of `raw_grounding` (ours)
     bottleneck: int | None = None    # of the adapters; None: half the width (inferred)
     cfe_layers: int | str | None = None # None: every block in which both towers meet (slides); 'last half' (paper's first version)
     shared: int = 512                # width of CFE's shared space (inferred)
@@ -72,7 +72,7 @@ class Output(NamedTuple):
 # %% ../nbs/11_risclip.ipynb #7aadb058
 def block_step(block, adapters, x, change, alone=False):
     """The rest of a block, with its adapters or None: tokens x [B, N, D] and what the attention changes in them -> [B, N, D].
-    `alone`: the change is all that is kept, without the residual, and no MLP follows (chapter 06's reading 'values alone')."""
+    `alone`: the change is all that is kept, without the residual, and no MLP follows (as in the last block of chapter 06's raw map)."""
     x = change if alone else x + change
     if adapters: x = x + adapters.attention(x)
     if alone: return x
@@ -104,8 +104,8 @@ class RISCLIP(nn.Module):
     def image_block(self, i, v):
         "Image block i: v [B, N, Dv] -> [B, N, Dv]."
         block, n, values = self.clip.image.blocks[i], len(self.clip.image.blocks), self.settings.values
-        change = attended(block, v, i, n, 'last' if values == 'alone' else values)
-        return block_step(block, self.image_adapters[i] if self.image_adapters else None, v, change, alone=values == 'alone' and i == n - 1)
+        change = attended(block, v, i, n, 'every' if values == 'raw' else values)
+        return block_step(block, self.image_adapters[i] if self.image_adapters else None, v, change, alone=values == 'raw' and i == n - 1)
 
     def text_block(self, k, t, causal):
         "Text block k: t [B, T, Dt] -> [B, T, Dt]."

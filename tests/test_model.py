@@ -57,11 +57,11 @@ def test_whole_numbers_are_taken_for_fractions(): assert ModelSettings(bias=-2, 
 
 
 @pytest.mark.parametrize('rung', RUNGS)
-@pytest.mark.parametrize('values', ['none', 'last', 'every', 'alone'])
+@pytest.mark.parametrize('values', ['none', 'last', 'every', 'raw'])
 def test_untrained_is_raw_clip(clip, rung, values):
     pixels, tokens = inputs(clip)
     model = build(clip, rung, values=values)
-    reading = dict(values='last', residual=False, mlp=False) if values == 'alone' else dict(values=values, residual=True, mlp=True)
+    reading = {} if values == 'raw' else dict(values=values, residual=True, mlp=True)
     cosine = raw_grounding(clip, pixels, tokens, **reading)
     with torch.no_grad(): out = model(pixels, tokens)
     assert out.grounding.shape == (2, 1, *clip.grid)

@@ -17,8 +17,6 @@ def card(name, config, metrics, history) -> str:
     kinds = '\n'.join(f'| {kind} | {row["n"]} | {metrics["kinds"]["grounding"][kind]["miou"]:.1f} | {row["miou"]:.1f} |' for kind, row in metrics['kinds']['mask'].items())
     ends = {stage: [r['loss'] for r in history if r['stage'] == stage] for stage in (1, 2)}
     losses = '; '.join(f'stage {stage}: loss {sum(x[:20])/20:.2f} over the first 20 of {len(x)} steps, {sum(x[-20:])/20:.2f} over the last 20' for stage, x in ends.items())
-    drawn = v.get('refmoji', 'drawn-by-2')
-    older = f" It was trained on RefMoji as {drawn}, and is scored on {VERSION}, in which some phrases are worded otherwise." if drawn != VERSION else ''
     return f"""# {name}
 
 RISCLIP's trained parts (adapters, CFE, SKE, decoder) over the frozen `{s['clip']}`, for the `{s['data']}` set of RefMoji. It knows drawings of
@@ -34,7 +32,7 @@ Scored on all {metrics['expressions']} expressions of `{s['data']}` {s['test']},
 |---|---|---|---|
 {kinds}
 
-{losses[0].upper() + losses[1:]}. `history.csv` has every step.{older} Made with risclip {v['risclip']}, torch {v['torch']}, Python {v['python']}.
+{losses[0].upper() + losses[1:]}. `history.csv` has every step. Made with risclip {v['risclip']}, torch {v['torch']}, Python {v['python']}.
 
 The weights are in half precision, and the numbers above are theirs. They are under Apache-2.0, as the code; the pictures they were trained on
 are made from OpenMoji's drawings (https://openmoji.org, CC BY-SA 4.0).
@@ -48,6 +46,7 @@ are made from OpenMoji's drawings (https://openmoji.org, CC BY-SA 4.0).
 def ship(run: Path, name: str):
     run, folder = Path(run), DATA/name
     config = json.loads((run/'config.json').read_text())
+    if config['versions']['refmoji'] != VERSION: sys.exit(f"{run} was trained on RefMoji as {config['versions']['refmoji']}, and it is {VERSION} now: train it again")
     config['settings']['root'] = None                     # where the data lay is nobody's business
     load_risclip(run).save(folder, half=True)
     s = Settings(**config['settings'])
