@@ -21,11 +21,8 @@ SPLITS = [(name, split) for name, splits in SETS.items() for split in splits]
 
 # ---- words ----
 
-NOUNS = '''person human|bicycle bike|car|motorcycle motorbike|airplane plane|bus|train|truck|boat|traffic_light|stop_sign|bird|cat kitty|dog doggy|horse
-sheep|cow|elephant|bear|zebra|giraffe|backpack rucksack|umbrella|handbag purse|suitcase|frisbee|skis=pair_of_skis|sports_ball=ball|kite|skateboard|bottle
-wine_glass|cup|knife|spoon|bowl|banana|apple|sandwich|orange|broccoli|carrot|hot_dog|pizza slice_of_pizza|donut doughnut|cake|chair|couch sofa
-potted_plant plant|bed|toilet|tv television|laptop|mouse=computer_mouse|keyboard|cell_phone phone|book|clock|vase|scissors=pair_of_scissors
-teddy_bear teddy|toothbrush'''
+NOUNS = '''person human|bicycle bike|car|airplane plane|bus|truck|boat|bird|cat kitty|dog doggy|horse|sheep|cow|elephant|giraffe|umbrella
+suitcase|sports_ball=ball|kite|bottle|cup|banana|apple|pizza slice_of_pizza|donut doughnut|cake|chair|potted_plant plant|laptop|book|clock|teddy_bear teddy'''
 CATEGORY = {}   # a word -> COCO's name of what it means
 for entry in NOUNS.replace('\n', '|').replace('_', '-').split('|'):
     name, _, words = entry.rpartition('=')
@@ -233,7 +230,7 @@ def test_the_second_judge_finds_what_is_wrong(sets):
     refuted(lambda t: swap(t, size), .97)
     refuted(lambda t: swap(t, opposite), .97)
     refuted(lambda t: swap(t, {g: grounds[i - 1] for i, g in enumerate(grounds)}), 1)
-    refuted(lambda t: swap(t, dict(cat='cow', person='cow', human='cow', clock='chair', train='bus', ball='kite', car='bed')), 1)
+    refuted(lambda t: swap(t, dict(cat='cow', person='cow', human='cow', clock='chair', ball='kite', car='boat')), 1)
     for e in es:
         for ann_id in refer.things(e.image_id): assert ann_id == e.ann_id or not agrees(refer, e, ann_id=ann_id)
 
@@ -256,14 +253,14 @@ def test_the_second_judge_looks_at_the_pixels(sets):
 
 
 def test_parse():
-    d = parse('a big phone which is close to the wine glass that is under a little pink hot dog')
-    assert (d['category'], d['size'], d['colour'], d['relation']) == ('cell phone', 'large', None, 'near')
-    assert (d['anchor']['category'], d['anchor']['relation'], d['anchor']['anchor']['category'], d['anchor']['anchor']['colour']) == ('wine glass', 'below', 'hot dog', 'pink')
-    d = parse('the orange on the left side of the picture')
-    assert (d['category'], d['place'], d['side'], d['relation'], d['colour']) == ('orange', {'left'}, True, None, None)
-    assert parse('the orange on the left side of the pizza')['relation'] == 'left'
+    d = parse('a big plane which is close to the slice of pizza that is under a little pink teddy bear')
+    assert (d['category'], d['size'], d['colour'], d['relation']) == ('airplane', 'large', None, 'near')
+    assert (d['anchor']['category'], d['anchor']['relation'], d['anchor']['anchor']['category'], d['anchor']['anchor']['colour']) == ('pizza', 'below', 'teddy bear', 'pink')
+    d = parse('the apple on the left side of the picture')
+    assert (d['category'], d['place'], d['side'], d['relation'], d['colour']) == ('apple', {'left'}, True, None, None)
+    assert parse('the apple on the left side of the pizza')['relation'] == 'left'
     assert parse('top right teddy on')['place'] == {'top', 'right'} and parse('teddy in center')['place'] == {'middle'}
-    assert parse('the bear that is small and red')['size'] == 'small' and parse('the bear in this image of snow')['ground'] == 'snow'
+    assert parse('the dog that is small and red')['size'] == 'small' and parse('the dog in this image of snow')['ground'] == 'snow'
     for bad in ('the dragon', 'the red and blue dog', 'the dog and cat', 'the shiny dog', 'the dog left of the'):
         with pytest.raises(ValueError): parse(bad)
 
@@ -311,7 +308,7 @@ def test_referents_are_large_enough(sets):
 def test_categories(sets):
     for refer in sets.values():
         used = {a['category_id'] for a in refer.annotations.values()}
-        assert 55 <= len(used) <= 70 and all(COCO_CATEGORIES[c] == refer.categories[c] for c in used)
+        assert len(used) == 32 and all(COCO_CATEGORIES[c] == refer.categories[c] for c in used)
 
 
 def test_people(sets):

@@ -45,9 +45,9 @@ def test_its_card_shows_its_numbers(shipped):
 
 
 def test_its_metrics_by_other_code(clip, shipped):
-    "Every 40th expression: pictures, masks, maps and IoU by numpy and PIL alone, beside the library's own scoring and the file."
+    "Every 20th expression: pictures, masks, maps and IoU by numpy and PIL alone, beside the library's own scoring and the file."
     model, refer = load_risclip('risclip-refmojig', clip), Refer('refmojig', root=refmoji_folder())
-    es = refer.expressions('test')[::40]
+    es = refer.expressions('test')[::20]
     ious = dict(grounding=[], mask=[])
     for e in es:
         picture, truth = refer.picture(e.image_id), refer.mask(e.ann_id)
