@@ -463,7 +463,7 @@ def draw_predictions(model: RISCLIP, dataset: ReferDataset, rows, thresholds: di
 # %% ../nbs/12_training.ipynb #8d6c348c
 @call_parse
 def risclip_train(
-    preset: str = 'smoke',  # smoke, refmojig, refmojig_long, refcocog_umd_b16
+    preset: str = 'smoke',  # smoke, refmojig, ladder, refmojig_long, refcocog_umd_b16
     folder: str = None,     # the run's folder; default runs/<preset>
     rung: str = None,       # raw, calibrated, adapters, cfe, ske, decoder
     seed: int = None,
