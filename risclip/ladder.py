@@ -10,7 +10,7 @@ __all__ = ['RUNS', 'SCORED', 'VERDICTS', 'COLUMNS', 'TOLD', 'run_settings', 'run
 # %% ../nbs/13_ladder.ipynb #1ad00004
 import csv, json, os, time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from .clip import load_clip
 from .grounding import raw_grounding
-from .model import RISCLIP, RUNGS, identity, load_risclip, stage_of, written_whole
+from .model import RISCLIP, RUNGS, identity, load_risclip, written_whole
 from .refer import Refer, data_folder
-from .refmoji import SETS, VERSION, refmoji_folder
+from .refmoji import VERSION, refmoji_folder
 from .scoring import Row, evaluate, intersection_and_union
-from .training import (PRESETS, Settings, choose_thresholds, dataset_of, git_commit, read_history, runs_folder, settings_of, train, versions)
+from .training import Settings, choose_thresholds, dataset_of, git_commit, read_history, runs_folder, settings_of, train, versions
 
 # %% ../nbs/13_ladder.ipynb #1ad00008
 RUNS = ('decoder', 'cfe', 'adapters', 'calibrated', 'raw')     # the longest first; SKE's rung is the first stage of the decoder's run
@@ -67,6 +67,7 @@ def write_csv(file, columns, rows):
 def read_csv(file) -> list:
     "A CSV as dicts; what looks like a number is one."
     def value(text):
+        "An int, a float, or the text itself."
         try: return int(text)
         except ValueError:
             try: return float(text)
@@ -105,6 +106,7 @@ def score_rungs(model: RISCLIP, s: Settings, rungs, thresholds, device, sets=SCO
     for name, splits in sets.items():
         refer = Refer(name, root=refmoji_folder(s.root))
         def look(rung, above, e):
+            "What became of one expression at one rung, as a row of TOLD."
             truth, things = refer.mask(e.ann_id), [a for a in refer.things(e.image_id) if a != e.ann_id]
             others = [(refer.mask(a), refer.category(a) == e.category) for a in things]
             told[rung].append(dict(sent_id=e.sent_id, kind=e.kind, length=e.length, iou=round(Row(*intersection_and_union(above >= 0, truth)).iou, 3),
@@ -136,10 +138,10 @@ def at_rung(model: RISCLIP, rung) -> RISCLIP:
     return lower.load_trained({name: v for name, v in model.trained_state().items() if name in own}).eval().requires_grad_(False)
 
 # %% ../nbs/13_ladder.ipynb #1ad00017
-def facts_of(s: Settings, clip) -> dict:
-    "What a finished run must agree with, to be this run: settings, CLIP, RefMoji."
+def facts_of(s: Settings, clip, limit=None) -> dict:
+    "What a finished run must agree with, to be this run: settings, CLIP, RefMoji, how many expressions are scored."
     settings = {k: v for k, v in asdict(s).items() if k not in ('root', 'workers', 'test_limit', 'save_every')}
-    return json.loads(json.dumps(dict(settings=settings, clip=identity(clip), refmoji=VERSION)))
+    return json.loads(json.dumps(dict(settings=settings, clip=identity(clip), refmoji=VERSION, limit=limit)))
 
 def is_done(run, seed, folder, facts) -> bool:
     "Does `folder` hold this run, finished? ValueError if it holds a run of this name that is another one."
@@ -159,7 +161,7 @@ def climb(run: str, seed: int, folder, runs, preset='ladder', threads=None, limi
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     s = run_settings(run, seed, preset, **changes)
     clip = load_clip(s.clip, s.pretrained, s.size)
-    if is_done(run, seed, folder, facts_of(s, clip)): return
+    if is_done(run, seed, folder, facts_of(s, clip, limit)): return
     name, begin = f'{run}-{seed}', time.perf_counter()
     train(s, Path(runs)/name, progress=False)
     seconds = time.perf_counter() - begin
@@ -171,7 +173,7 @@ def climb(run: str, seed: int, folder, runs, preset='ladder', threads=None, limi
     history = Path(runs)/name/'history.csv'
     for rung in rungs_of(run):
         place, stages = Path(folder)/f'{rung}-{seed}', (1, 2) if rung == 'decoder' else (1,)
-        about = facts_of(s, clip) | dict(versions=versions(), commit=git_commit(), threshold=thresholds[rung], seconds=round(seconds), limit=limit)
+        about = facts_of(s, clip, limit) | dict(versions=versions(), commit=git_commit(), threshold=thresholds[rung], seconds=round(seconds))
         with written_whole(place/'run.json') as new: new.write_text(json.dumps(about, indent=1) + '\n')
         write_csv(place/'curve.csv', ('stage', 'step', 'loss', 'dice', 'focal'), [r for r in thinned(read_history(history)) if r['stage'] in stages] if history.exists() else [])
         write_csv(place/'expressions.csv', TOLD, told[rung])
@@ -207,11 +209,11 @@ def ladder(
     folder, runs = Path(folder or data_folder()/'ladder'), Path(runs or runs_folder()/'ladder')
     folder.mkdir(parents=True, exist_ok=True)
     refmoji_folder(changes.get('root'))                                       # drawn once, before many ask for it
-    gpu, clip = torch.cuda.is_available(), None
+    gpu = torch.cuda.is_available()
     jobs = [(run, seed) for seed in seeds for run in which if run != 'raw' or seed == seeds[0]]   # raw has no seed
     settings = {job: run_settings(*job, preset, **changes) for job in jobs}
     clips = {(s.clip, s.pretrained, s.size): load_clip(s.clip, s.pretrained, s.size) for s in settings.values()}
-    waiting = [job for job, s in settings.items() if not is_done(*job, folder, facts_of(s, clips[s.clip, s.pretrained, s.size]))]
+    waiting = [job for job, s in settings.items() if not is_done(*job, folder, facts_of(s, clips[s.clip, s.pretrained, s.size], limit))]
     if not waiting: print(f'{folder} has all of {len(jobs)} runs: nothing is trained. Remove a run there to train it again.')
     steps = {(run, seed): (0 if run == 'raw' else s.stage1_steps) + (s.stage2_steps if run == 'decoder' else 0) for (run, seed), s in settings.items()}
     pool = ProcessPoolExecutor(workers or (1 if gpu else os.cpu_count()), mp_context=get_context('spawn'))

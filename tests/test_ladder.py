@@ -1,14 +1,12 @@
 "The ladder: verdicts are what they say; a small climb leaves whole results, once; a row comes out again from the kept weights, by other code."
-import csv, json
-from dataclasses import replace
+import json
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 from safetensors.torch import load_file
-import risclip.ladder as lad
 from risclip.grounding import raw_grounding
-from risclip.ladder import COLUMNS, RUNS, SCORED, VERDICTS, at_rung, climb, gather, ladder, read_csv, rungs_of, staircase, thinned, verdict
+from risclip.ladder import COLUMNS, SCORED, VERDICTS, climb, gather, ladder, read_csv, staircase, thinned, verdict
 from risclip.model import RUNGS, load_risclip
 from risclip.refer import Refer
 from risclip.refmoji import build_refmoji
@@ -131,6 +129,7 @@ def test_another_run_of_the_same_name_is_refused(climbed, root):
     folder, runs, _ = climbed
     with pytest.raises(ValueError, match='cfe-0 is of another run .its settings differ'):
         ladder(folder, runs, seeds=(0,), which=('cfe',), preset='smoke', workers=1, progress=False, root=str(root), **FEW | dict(lr1=1e-3))
+    with pytest.raises(ValueError, match='its limit differ'): climb('cfe', 0, folder, runs, 'smoke', limit=3, changes=dict(root=str(root)) | FEW)
     with pytest.raises(ValueError, match='its settings differ'): climb('cfe', 0, folder, runs, 'smoke', changes=dict(root=str(root)) | FEW | dict(lr1=1e-3))
 
 
