@@ -9,7 +9,7 @@ RUN    := $(PY) -m papermill -k python3 --no-progress-bar --stdout-file - --stde
 # A notebook's kernel is that of .venv, whatever else is installed.
 export JUPYTER_PREFER_ENV_PATH = 1
 
-.PHONY: help install data train pretrain ladder test lab export clean
+.PHONY: help install data train pretrain ladder studies test lab export clean
 
 help:
 	@echo 'make install    .venv with everything in it (at most 10 minutes)'
@@ -19,6 +19,7 @@ help:
 	@echo 'make export     notebooks -> risclip/, cleaned notebooks, README.md'
 	@echo 'make pretrain   train the small CLIP again (90 minutes on two cores, minutes on a GPU)'
 	@echo 'make ladder     train and score every rung with three seeds into data/ladder/ (2 hours on two cores; SEEDS=7 takes another)'
+	@echo 'make studies    the open choices, and a CLIP without its alignment, beside the ladder (2 hours on two cores)'
 	@echo 'make clean      remove .venv, caches and generated data; runs/ stays'
 
 $(PY):
@@ -41,11 +42,16 @@ train: data
 
 pretrain: install
 	@mkdir -p runs/pretrain
-	$(RUN) nbs/runs/pretrain.ipynb runs/pretrain/pretrain.ipynb -p preset tinyclip -p folder runs/pretrain
+	$(RUN) nbs/runs/pretrain.ipynb runs/pretrain/colours.ipynb -p preset colours -p folder runs/pretrain/colours
+	$(RUN) nbs/runs/pretrain.ipynb runs/pretrain/kinds.ipynb -p preset kinds -p folder runs/pretrain/kinds -p start runs/pretrain/colours/model
 
 ladder: data
 	@mkdir -p runs/ladder
 	$(RUN) nbs/runs/ladder.ipynb runs/ladder/ladder.ipynb -p preset ladder -y 'seeds: [$(SEEDS)]'
+
+studies: data
+	@mkdir -p runs/ladder
+	$(RUN) nbs/runs/ladder.ipynb runs/ladder/studies.ipynb -p preset ladder -p what studies
 
 test: data
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist worksteal --durations 15

@@ -48,6 +48,7 @@ class ModelSettings:
     decoder_width: int = 256         # channels of the decoder (ours)
     scale: float = math.exp(2.7)     # where the learnt scale starts (ours)
     bias: float = -1.5               # where the learnt bias starts (ours)
+    learn_scale: bool = True         # False: scale and bias stay where they start (for comparison)
 
     def __post_init__(self):
         if not isinstance(self.features, (tuple, list)) or not all(type(i) is int for i in self.features):
@@ -58,6 +59,7 @@ class ModelSettings:
             if not isinstance(value, (f.type, int) if f.type is float else f.type):
                 raise ValueError(f'{f.name}={value!r} should be {getattr(f.type, "__name__", f.type)}')
         if self.rung not in RUNGS: raise ValueError(f'rung={self.rung!r}: one of {", ".join(RUNGS)}')
+        if self.rung == 'calibrated' and not self.learn_scale: raise ValueError('rung=calibrated with learn_scale=False learns nothing: take another rung')
 
     def has(self, rung) -> bool:
         "Is this rung's part on?"
@@ -154,9 +156,11 @@ def stage_of(name: str) -> int:
     return 0 if name.startswith('clip.') else 2 if name.startswith('decoder.') else 1
 
 @patch
-def train_stage(self: RISCLIP, stage: int) -> list:
-    "Let the parameters of one stage take gradients and no others; returns them. CLIP's never do, and at the rung `raw` none do."
-    for name, p in self.named_parameters(): p.requires_grad_(stage_of(name) == stage and self.settings.has('calibrated'))
+def train_stage(self: RISCLIP, *stages) -> list:
+    "Let the parameters of one stage (or of both) take gradients and no others; returns them. CLIP's never do, and at the rung `raw` none do."
+    s = self.settings
+    learns = lambda name: s.has('calibrated') and stage_of(name) in stages and (s.learn_scale or not name.startswith('calibration.'))
+    for name, p in self.named_parameters(): p.requires_grad_(learns(name))
     return [p for p in self.parameters() if p.requires_grad]
 
 # %% ../nbs/11_risclip.ipynb #0b473aad

@@ -48,6 +48,7 @@ class Settings(ModelSettings):
     root: str | None = None          # where the sets lie; None: data_folder()
     test: str = 'test'               # the split that is scored at the end
     test_limit: int | None = None    # score only so many expressions, spread over the split; None: all
+    stages: int = 2                  # 2: the map first, then the mask (slides); 1: all parts at once, for comparison
     batch: int = 32                  # objects a step of stage 1 (inferred)
     batch2: int = 32                 # objects a step of stage 2 (ours)
     stage1_steps: int = 79_000       # 60 epochs of RefCOCOg umd (inferred)
@@ -69,13 +70,18 @@ class Settings(ModelSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        choices = dict(label=('average', 'any'), precision=('no', 'bf16'))
+        choices = dict(label=('average', 'any'), precision=('no', 'bf16'), stages=(1, 2))
         for name, known in choices.items():
-            if getattr(self, name) not in known: raise ValueError(f'{name}={getattr(self, name)!r}: one of {", ".join(known)}')
+            if getattr(self, name) not in known: raise ValueError(f'{name}={getattr(self, name)!r}: one of {", ".join(map(str, known))}')
         least = dict(batch=1, batch2=1, stage1_steps=1, stage2_steps=1, save_every=1, test_limit=1, warmup=0, workers=0)
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and value < low: raise ValueError(f'{name}={value}: at least {low}')
+
+    @property
+    def together(self) -> bool:
+        "Are the map and the mask trained at once?"
+        return self.stages == 1 and self.has('decoder')
 
 # %% ../nbs/12_training.ipynb #5512244c
 MINIATURE = dict(clip='tinyclip', data='refmojig', heads=4, shared=96, ske_layers=2, ske_hidden=192, decoder_width=32, workers=0,
@@ -151,9 +157,11 @@ def losses(s: Settings, logits, target) -> dict:
     return dict(loss=s.dice_weight*dice + s.focal_weight*focal, dice=dice, focal=focal)
 
 def stage_losses(s: Settings, stage: int, output, batch, grid) -> dict:
-    "The losses of a stage: of the grounding against patches, or of the mask against pixels."
-    if stage == 1: return losses(s, output.grounding, patch_label(batch.mask, grid, s.label))
-    return losses(s, output.mask, batch.mask)
+    "The losses of a stage: of the grounding against patches, or of the mask against pixels. With one stage for all, their sum."
+    patches = lambda: losses(s, output.grounding, patch_label(batch.mask, grid, s.label))
+    pixels = lambda: losses(s, output.mask, batch.mask)
+    if not s.together: return patches() if stage == 1 else pixels()
+    return {name: a + b for (name, a), b in zip(patches().items(), pixels().values())}
 
 # %% ../nbs/12_training.ipynb #7da0b50c
 def batches(dataset, s: Settings, start: int, steps: int, stage: int):
@@ -314,7 +322,7 @@ def fit(run: Run, model: RISCLIP, stage: int, dataset, accelerator) -> RISCLIP:
     "One stage of training, from where the run left it to its end. Raises FloatingPointError for a loss or gradient that is not finite."
     s = run.s
     steps, lr = (s.stage1_steps, s.lr1) if stage == 1 else (s.stage2_steps, s.lr2)
-    parameters = model.train_stage(stage)
+    parameters = model.train_stage(*(1, 2) if s.together else (stage,))
     optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(.9, .999), weight_decay=s.weight_decay)
     start = run.resume(stage, model, optimiser)
     run.start_history(stage, start)
@@ -339,6 +347,7 @@ def train_stages(run: Run, dataset, clip, accelerator) -> RISCLIP:
     "Stage 1 (adapters, CFE, SKE, scale and bias), then stage 2 (the decoder). What is done already is loaded."
     s = run.s
     set_seed(s.seed)
+    if s.together: return fit(run, RISCLIP(s, clip), 1, dataset, accelerator)
     below = RISCLIP(replace(s, rung='ske') if s.has('decoder') else s, clip)
     if not s.has('calibrated'): return below                                # raw CLIP: nothing to train
     in_stage2 = any(p.name.startswith('stage2-') for p in run.checkpoints())

@@ -1,15 +1,17 @@
 "The ladder: verdicts are what they say; a small climb leaves whole results, once; a row comes out again from the kept weights, by other code."
-import json
+import json, re, shutil
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 from safetensors.torch import load_file
+from risclip.clip import load_clip
 from risclip.grounding import raw_grounding
-from risclip.ladder import COLUMNS, SCORED, VERDICTS, climb, gather, ladder, read_csv, staircase, thinned, verdict
+from risclip.ladder import COLUMNS, SCORED, VERDICTS, CHOICES, Job, beyond_folder, carry_over, climb, gather, ladder, load_rungs, maps_at, pair_groups, read_csv, rung_costs, saved_bytes, staircase, studies, study_jobs, thinned, told_of, towers_of, verdict
 from risclip.model import RUNGS, load_risclip
 from risclip.refer import Refer
-from risclip.refmoji import build_refmoji
+from risclip.refmoji import COLOURS as TINTS, NOUNS, build_refmoji
+from risclip.training import dataset_of, settings_of
 
 FEW = dict(stage1_steps=3, stage2_steps=2, batch=4, batch2=4, save_every=2, ske_layers=1, warmup=1)
 
@@ -129,8 +131,8 @@ def test_another_run_of_the_same_name_is_refused(climbed, root):
     folder, runs, _ = climbed
     with pytest.raises(ValueError, match='cfe-0 is of another run .its settings differ'):
         ladder(folder, runs, seeds=(0,), which=('cfe',), preset='smoke', workers=1, progress=False, root=str(root), **FEW | dict(lr1=1e-3))
-    with pytest.raises(ValueError, match='its limit differ'): climb('cfe', 0, folder, runs, 'smoke', limit=3, changes=dict(root=str(root)) | FEW)
-    with pytest.raises(ValueError, match='its settings differ'): climb('cfe', 0, folder, runs, 'smoke', changes=dict(root=str(root)) | FEW | dict(lr1=1e-3))
+    with pytest.raises(ValueError, match='its limit differ'): climb(Job('cfe', 0, folder, runs, 'smoke', dict(root=str(root)) | FEW, limit=3))
+    with pytest.raises(ValueError, match='its settings differ'): climb(Job('cfe', 0, folder, runs, 'smoke', dict(root=str(root)) | FEW | dict(lr1=1e-3)))
 
 
 def test_a_run_that_was_cut_short_is_done_again_and_one_that_fails_is_named(climbed, root, tmp_path):
@@ -148,3 +150,144 @@ def test_thinned():
     history = [dict(stage=s, step=i, loss=float(i), dice=1., focal=2.) for s, n in ((1, 25), (2, 4)) for i in range(n)]
     rows = thinned(history)
     assert [(r['stage'], r['step'], r['loss']) for r in rows] == [(1, 10, 4.5), (1, 20, 14.5), (1, 25, 22.), (2, 4, 1.5)]
+
+
+# --- what a rung costs
+
+def test_saved_bytes_counts_what_the_backward_pass_needs():
+    "x @ w needs x for w's gradient; exp needs its own result; w itself is there anyway, also as a view."
+    layer = torch.nn.Linear(30, 50, bias=False)
+    x = torch.randn(7, 30)
+    assert saved_bytes(layer, lambda: layer(x)) == x.nbytes
+    assert saved_bytes(layer, lambda: layer(x).exp()) == x.nbytes + 7*50*4
+    assert saved_bytes(layer, lambda: (layer(x), layer(x))) == x.nbytes                # the same memory twice
+    x.requires_grad_()
+    assert saved_bytes(layer.requires_grad_(False), lambda: layer(x)) == 0
+    assert saved_bytes(layer, lambda: x @ layer.weight.T) == 0
+
+
+def test_costs_of_the_rungs(climbed, root):
+    models = load_rungs(climbed[0], 5)
+    assert list(models) == list(RUNGS) and all(models[r][0].settings.rung == r for r in RUNGS) and len({id(m.clip) for m, _ in models.values()}) == 1
+    s = settings_of('smoke', root=str(root), **FEW)
+    dataset = dataset_of(s, Refer('refmojig', root=root), 'train', models['raw'][0].clip, train=True)
+    batch = torch.utils.data.default_collate([dataset[i] for i in range(4)])
+    before = {r: {n: v.clone() for n, v in m.trained_state().items() if 'running' not in n and 'tracked' not in n} for r, (m, _) in models.items()}
+    costs = rung_costs(models, s, batch, repeats=1)
+    learnt = [costs[r]['learnt'] for r in RUNGS]
+    assert learnt == [0, 2] + [sum(v.numel() for v in before[r].values()) for r in RUNGS[2:]] and learnt == sorted(learnt)
+    memory = [costs[r]['memory'] for r in RUNGS]
+    assert memory[0] == 0 < memory[1] < memory[2] < memory[3] < memory[4] > memory[5] > 0            # the decoder's stage keeps nothing of the towers
+    assert all(c['forward'] > 0 and (c['step'] > 0 or r == 'raw') for r, c in costs.items())
+    for r, (m, _) in models.items(): assert all(torch.equal(v, m.trained_state()[n]) for n, v in before[r].items()) and not any(p.grad is not None or p.requires_grad for p in m.parameters())
+
+
+def test_load_rungs_names_what_is_missing(climbed, tmp_path):
+    with pytest.raises(FileNotFoundError, match='adapters-7'): load_rungs(climbed[0], 7)
+
+
+def test_maps_at_are_those_that_were_scored(climbed, root):
+    folder, models = climbed[0], load_rungs(climbed[0], 0)
+    s = settings_of('smoke', root=str(root), **FEW)
+    dataset = dataset_of(s, Refer('refmojig', root=root), 'test', models['raw'][0].clip)
+    told = told_of(folder)
+    assert list(told) == [('raw', 0)] + [(r, seed) for r in RUNGS[1:] for seed in (0, 5)]
+    for row in (0, 7):
+        for rung, (scores, prediction, iou) in maps_at(models, dataset, row).items():
+            assert iou == pytest.approx(told[rung, 0][row]['iou'], abs=2e-3) and prediction.shape == dataset.refer.mask(dataset.expressions[row].ann_id).shape
+
+
+# --- studies
+
+def test_towers_of():
+    clip = load_clip('tinyclip')
+    with pytest.raises(ValueError, match="towers='shaken': one of aligned, rotated, random"): towers_of(clip, 'shaken')
+    assert towers_of(clip, 'aligned') is clip
+    for how in ('rotated', 'random'):
+        a, b, c = towers_of(clip, how), towers_of(clip, how), towers_of(clip, how, seed=1)
+        same = lambda x, y: [n for n, v in x.state_dict().items() if not torch.equal(v, y.state_dict()[n])]
+        assert same(a, b) == [] and 'image.proj' in same(a, c) and a.name == f'tinyclip, {how}' and a.sha256 is None
+        assert not any(p.requires_grad for p in a.parameters()) and a.grid == clip.grid and a.tokenize('a dog').tolist() == clip.tokenize('a dog').tolist()
+        if how == 'rotated':
+            assert same(a, clip) == ['image.proj']
+            torch.testing.assert_close(a.image.proj @ a.image.proj.T, clip.image.proj @ clip.image.proj.T, atol=1e-4, rtol=1e-4)
+        else: assert {'.'.join(n.split('.')[:2]) for n in same(a, clip)} >= {'image.conv1', 'image.blocks', 'image.proj', 'text.blocks', 'text.proj'}
+
+
+def test_studies(climbed, root, tmp_path):
+    folder, runs, rows = climbed
+    changes = dict(root=str(root)) | FEW
+    found = studies(tmp_path, tmp_path/'runs', preset='smoke', workers=1, progress=False, which=('scale and bias', 'stages', 'alignment'), **changes)
+    assert [(r['study'], r['value'], r['rung']) for r in found if r['kind'] == 'all'] == [
+        ('scale and bias', 'fixed', 'ske'), ('stages', 'one', 'ske'), ('stages', 'one', 'decoder'),
+        *(('alignment', how, rung) for how in ('rotated', 'random') for rung in ('ske', 'cfe', 'adapters', 'raw'))]
+    assert {(r['set'], r['split'], r['seed']) for r in found} == {('refmojig', 'test', 0)}
+    assert read_csv(tmp_path/'studies.csv') == found and not list(tmp_path.glob('studies/**/weights.safetensors')) and not list(tmp_path.glob('studies/**/expressions.csv'))
+    told = lambda place: json.loads((tmp_path/'studies'/place/'run.json').read_text())
+    assert told('scale-and-bias/fixed/ske-0')['settings']['learn_scale'] is False and told('alignment/random/cfe-0')['clip'] == dict(name='tinyclip, random', pretrained=None, sha256=None)
+    one = told('stages/one/decoder-0')['settings']
+    assert (one['stages'], one['stage1_steps']) == (1, FEW['stage1_steps'] + FEW['stage2_steps'])
+    curves = [r['step'] for r in read_csv(tmp_path/'studies'/'stages/one/decoder-0'/'curve.csv')]
+    assert curves == [5]
+    raw = lambda rows: next(r['miou'] for r in rows if (r['rung'], r['kind'], r['set']) == ('raw', 'all', 'refmojig'))
+    assert all(raw([r for r in found if r['value'] == how]) != raw(rows) for how in ('rotated', 'random'))
+
+
+def test_each_study_changes_what_it_names():
+    from dataclasses import asdict
+    from pathlib import Path
+    base = asdict(Job('decoder', 0, Path('a'), Path('b')).settings)
+    jobs = study_jobs(Path('a'), Path('b'))
+    assert {study for study, _ in jobs} == {*CHOICES, 'alignment'} and len({(j.folder, j.run) for found in jobs.values() for j in found}) == sum(map(len, jobs.values()))
+    changed = {key: {k: v for k, v in asdict(found[0].settings).items() if v != base[k] and k != 'rung'} for key, found in jobs.items()}
+    assert changed == {('value path', 'last block'): dict(values='last'), ('value path', 'every block'): dict(values='every'), ('CFE', 'last half'): dict(cfe_layers='last half'),
+        ('label', 'any overlap'): dict(label='any'), ('scale and bias', 'fixed'): dict(learn_scale=False), ('loss', 'Dice alone'): dict(focal_weight=0.), ('loss', 'focal alone'): dict(dice_weight=0.),
+        ('v1 to v4', 'spread'): dict(features=(1, 2, 4, 5)), ('stages', 'one'): dict(stages=1, stage1_steps=base['stage1_steps'] + base['stage2_steps']),
+        ('alignment', 'rotated'): {}, ('alignment', 'random'): {}}
+    assert all(j.towers == value for (study, value), found in jobs.items() for j in found if study == 'alignment')
+
+
+# --- what training never showed
+
+def test_beyond_what_training_shows(root, tmp_path):
+    "Chains of one, two and three relations for the same things; crowds of seven and more. Told by the words and the masks in the files."
+    for what in ('chains', 'crowds'): beyond_folder(tmp_path, what, pictures=8)
+    before = {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()}
+    refer = Refer('chains', 'umd', root=tmp_path)
+    words = ('left of', 'right of', 'left side of', 'right side of', 'above', 'over', 'below', 'under', 'next to', 'beside', 'close to')
+    es = refer.expressions('test')
+    for e in es: assert sum(f' {w} ' in f' {part} ' for part in [e.text] for w in words) >= 1
+    count = lambda text: sum(f' {text} '.count(f' {w} ') for w in words)
+    assert all(count(e.text) == int(e.kind[0]) for e in es) and {e.kind[0] for e in es} == {'1', '2', '3'}
+    for ann in {e.ann_id for e in es}: assert {e.kind[0] for e in es if e.ann_id == ann} == {'1', '2', '3'}
+    crowds = Refer('crowds', 'umd', root=tmp_path)
+    for e in crowds.expressions('test'): assert (len(crowds.things(e.image_id)) >= 7) == (e.kind == '7 and more things')
+    assert {e.kind for e in crowds.expressions('test')} == {'7 and more things', '2 to 6 things'}
+    for what in ('chains', 'crowds'): beyond_folder(tmp_path, what, pictures=8)                # it is there
+    assert before == {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()}
+
+
+def test_carry_over(climbed, root, tmp_path):
+    folder, runs, _ = climbed
+    copy = shutil.copytree(folder, tmp_path/'results')
+    rows = carry_over(copy, tmp_path/'runs', preset='smoke', pictures=6, workers=1, progress=False, root=str(root), **FEW)
+    assert read_csv(copy/'carry_over.csv') == rows
+    assert {(r['part'], r['kind']) for r in rows} == {*(('chains', f'{n} in a chain') for n in (1, 2, 3)), ('crowds', '7 and more things'), ('crowds', '2 to 6 things'), ('pairs', 'lost pair'), ('pairs', 'other colour')}
+    assert {(r['model'], r['rung']) for r in rows if r['part'] == 'pairs'} == {(m, r) for m in ('ladder', 'without') for r in ('ske', 'decoder')}
+    assert {r['rung'] for r in rows if r['part'] == 'chains'} == set(RUNGS)
+    whole, less = Refer('refmojig', root=root), Refer('refmojig', root=tmp_path/'runs'/'without')
+    images = lambda refer, split: {e.image_id for e in refer.expressions(split)}
+    assert images(whole, 'test') == images(less, 'test') and images(less, 'train') < images(whole, 'train')
+    # again by the words: no phrase of the train split that is left names a lost pair, of its referent or of another thing; phrases that went did
+    pairs = [f'{colour} {noun}' for name, colour in LOST.items() for noun in NOUNS[name]]
+    names_one = lambda refer: sum(f' {pair} ' in f' {e.text} ' for e in refer.expressions('train') for pair in pairs)
+    assert names_one(less) == 0 < names_one(whole)
+    told = read_csv(copy/'decoder-0'/'expressions.csv')
+    groups = pair_groups(whole)
+    for kind in ('lost pair', 'other colour'):
+        row, = (r for r in rows if (r['part'], r['kind'], r['model'], r['rung']) == ('pairs', kind, 'ladder', 'decoder'))
+        mine = [t['iou'] for t in told if groups.get(t['sent_id']) == kind]
+        assert row['n'] == len(mine) > 0 and row['miou'] == pytest.approx(100*np.mean(mine), abs=1e-3)
+    says = lambda e, colour: re.match(rf'(the |an? )?((large|big|small|little) )?{colour} ({"|".join(NOUNS[e.category])})', e.text)
+    said = {e.sent_id: colour == LOST[e.category] for e in whole.expressions('test') for colour in TINTS if says(e, colour)}
+    assert said and {s: groups[s] == 'lost pair' for s in said} == said

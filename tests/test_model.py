@@ -118,6 +118,16 @@ def test_gradients_reach_the_stage_and_nothing_else(clip, rung, stage):
     for name, p in others.items(): assert torch.equal(p, model.get_parameter(name)), name
 
 
+def test_a_fixed_scale_is_not_learnt(clip):
+    calibration = lambda model: {n for n, p in model.named_parameters() if p.requires_grad and n.startswith('calibration.')}
+    for learn in (True, False):
+        model = build(clip, 'adapters', learn_scale=learn)
+        learnt = model.train_stage(1)
+        assert calibration(model) == ({'calibration.log_scale', 'calibration.bias'} if learn else set())
+        assert sum(p.numel() for p in learnt) == sum(v.numel() for v in model.trained_state().values()) - (0 if learn else 2)
+    with pytest.raises(ValueError, match='rung=calibrated with learn_scale=False learns nothing'): ModelSettings('calibrated', learn_scale=False)
+
+
 def test_raw_learns_nothing(clip): assert build(clip, 'raw').train_stage(1) == []
 
 

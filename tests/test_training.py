@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import risclip.training as training
 from conftest import ROOT
 from risclip.clip import load_clip
-from risclip.model import load_risclip
+from risclip.model import RISCLIP, load_risclip
 from risclip.pretraining import learning_rate
 from risclip.refer import ReferDataset
 from risclip.refmoji import build_refmoji
@@ -240,6 +240,23 @@ def two_stages(smoke, tmp_path_factory):
     return s, folder, train(s, folder, progress=False)
 
 
+def test_one_stage_instead_of_two(two_stages, clip, tmp_path):
+    "All parts learn at every step, from the sum of both losses; below the decoder's rung nothing changes."
+    s = replace(two_stages[0], stages=1)
+    train(s, tmp_path/'one', progress=False)
+    assert {(r['stage'], r['step']) for r in read_history(tmp_path/'one'/'history.csv')} == {(1, i) for i in range(4)}
+    torch.manual_seed(s.seed)
+    start, end = RISCLIP(s, clip).trained_state(), load_file(tmp_path/'one'/'model'/'weights.safetensors')
+    learnt = {n.split('.')[0] for n in start if n.split('.')[-1] not in ('running_mean', 'running_var', 'num_batches_tracked') and not torch.equal(start[n], end[n])}
+    assert learnt == {'decoder', 'image_adapters', 'text_adapters', 'cfe', 'ske', 'calibration'}
+    batch = next(batches(dataset_of(s, refer_of(s), 'train', clip, train=True), s, 0, 1, 1))
+    with torch.no_grad(): output = RISCLIP(s, clip)(batch.pixels, batch.tokens)
+    one, (a, b) = training.stage_losses(s, 1, output, batch, clip.grid), [training.stage_losses(two_stages[0], i, output, batch, clip.grid) for i in (1, 2)]
+    for name in one: assert float(one[name]) == pytest.approx(float(a[name]) + float(b[name])) and a[name] != b[name]
+    train(replace(s, rung='ske'), tmp_path/'ske', progress=False); train(replace(two_stages[0], rung='ske'), tmp_path/'other', progress=False)
+    assert (tmp_path/'ske'/'history.csv').read_text() == (tmp_path/'other'/'history.csv').read_text()
+
+
 def test_a_full_disk_while_logging_says_what_to_do(short, clip, tmp_path, monkeypatch):
     def full(*a, **k): raise OSError(28, 'No space left on device')
     run = Run(tmp_path, short, clip)
@@ -327,7 +344,7 @@ def test_names_are_checked():
     assert given_names(before, before | dict(table=5)) == dict(table=5)
 
 
-@pytest.mark.parametrize('wrong', [dict(batch=0), dict(save_every=0), dict(stage1_steps=-1), dict(label='mean'), dict(precision='fp16'), dict(lr1='1e-3'), dict(seed=1.5),
+@pytest.mark.parametrize('wrong', [dict(batch=0), dict(save_every=0), dict(stage1_steps=-1), dict(label='mean'), dict(stages=3), dict(precision='fp16'), dict(lr1='1e-3'), dict(seed=1.5),
                                    dict(batch2=0), dict(test_limit=0), dict(test_limit=-3), dict(warmup=-1), dict(workers=-1), dict(features='[1, 2, 3, 4]'), dict(features=(1.5,))])
 def test_values_are_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))): settings_of('smoke', **wrong)
