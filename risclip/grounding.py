@@ -40,7 +40,7 @@ def attended(block, v, number, blocks, values):
 
 # %% ../nbs/06_grounding.ipynb #376500e9
 @torch.no_grad()
-def raw_patches(clip, pixels, values='every', residual=False, mlp=False):
+def raw_patches(clip, pixels, values='last', residual=False, mlp=False):
     """The patches of pixels [B, 3, S, S] in the joint space, [B, h*w, E]. Nothing is trained. `values`: see `attended`.
     `residual`, `mlp`: does the last block keep its skip connection, its MLP? (MaskCLIP keeps both; ClearCLIP, arXiv 2407.12442, neither.)"""
     v, last = clip.image.embed(pixels), len(clip.image.blocks) - 1
@@ -51,7 +51,7 @@ def raw_patches(clip, pixels, values='every', residual=False, mlp=False):
     return clip.image.project(v)[:, 1:]
 
 @torch.no_grad()
-def raw_grounding(clip, pixels, tokens, values='every', residual=False, mlp=False):
+def raw_grounding(clip, pixels, tokens, values='last', residual=False, mlp=False):
     """CLIP's own map of each phrase: cosines [B, 1, h, w] of pixels [B, 3, S, S] and tokens [B, T].
     The reading is that of `raw_patches`; its defaults are what measured best on RefMoji's train split."""
     return cosine_map(raw_patches(clip, pixels, values, residual, mlp), clip.encode_text(tokens), clip.grid)

@@ -106,7 +106,7 @@ class RISCLIP(nn.Module):
     def image_block(self, i, v):
         "Image block i: v [B, N, Dv] -> [B, N, Dv]."
         block, n, values = self.clip.image.blocks[i], len(self.clip.image.blocks), self.settings.values
-        change = attended(block, v, i, n, 'every' if values == 'raw' else values)
+        change = attended(block, v, i, n, 'last' if values == 'raw' else values)
         return block_step(block, self.image_adapters[i] if self.image_adapters else None, v, change, alone=values == 'raw' and i == n - 1)
 
     def text_block(self, k, t, causal):

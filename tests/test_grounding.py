@@ -108,9 +108,9 @@ def test_without_any_choice_it_is_open_clip(small):
     assert torch.equal(raw_patches(clip, pixels, 'none', True, True), clip.image(pixels)[:, 1:])
 
 
-def test_the_default_is_values_in_every_block_the_last_alone(small):
+def test_the_default_is_values_in_the_last_block_alone(small):
     clip, pixels, tokens = small
-    assert torch.equal(raw_grounding(clip, pixels, tokens), raw_grounding(clip, pixels, tokens, values='every', residual=False, mlp=False))
+    assert torch.equal(raw_grounding(clip, pixels, tokens), raw_grounding(clip, pixels, tokens, values='last', residual=False, mlp=False))
 
 
 def test_attended(small):
