@@ -17,6 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Thread
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -256,6 +257,14 @@ def steps_done(folder) -> int:
     except OSError: return 0
 
 # %% ../nbs/13_ladder.ipynb #1ad0001b
+def _end_with(parent: int):
+    "In a worker: watch the process that started it, and end when that is gone, however it went. Else the run would hold its folder against the next try."
+    def watch():
+        "Look twice a second."
+        while os.getppid() == parent: time.sleep(.5)
+        os._exit(1)
+    Thread(target=watch, daemon=True).start()
+
 def run_jobs(
     jobs,               # of Job
     workers=None,       # runs at a time; None: one a core, or one on a GPU
@@ -268,7 +277,7 @@ def run_jobs(
     gpu, waiting = torch.cuda.is_available(), [job for job in jobs if not job.is_done(job.clip())]
     if not waiting: print(f'all of {len(jobs)} runs are there: nothing is trained. Remove the folder of a run to train it again.')
     where = ', '.join(sorted({str(job.folder) for job in waiting}))
-    pool = ProcessPoolExecutor(workers or (1 if gpu else os.cpu_count()), mp_context=get_context('spawn'))
+    pool = ProcessPoolExecutor(workers or (1 if gpu else os.cpu_count()), mp_context=get_context('spawn'), initializer=_end_with, initargs=(os.getpid(),))
     with pool, tqdm(total=sum(job.steps for job in waiting), desc=f'{len(waiting)} runs -> {where}', mininterval=4, disable=not progress) as bar:
         futures = {pool.submit(climb, job, threads or (None if gpu else 1)): job for job in waiting}
         pending = set(futures)
