@@ -1,10 +1,12 @@
 "The ladder: verdicts are what they say; a small climb leaves whole results, once; a row comes out again from the kept weights, by other code."
-import json, re, shutil
+import json, os, re, shutil, signal, subprocess, sys, time
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra.numpy import arrays
+from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors.torch import load_file
+from conftest import ROOT
 from risclip.clip import load_clip
 from risclip.grounding import raw_grounding
 from risclip.ladder import COLUMNS, SCORED, VERDICTS, CHOICES, Job, beyond_folder, carry_over, climb, gather, ladder, load_rungs, maps_at, pair_groups, read_csv, rung_costs, saved_bytes, staircase, studies, study_jobs, thinned, told_of, towers_of, verdict
@@ -291,3 +293,22 @@ def test_carry_over(climbed, root, tmp_path):
     says = lambda e, colour: re.match(rf'(the |an? )?((large|big|small|little) )?{colour} ({"|".join(NOUNS[e.category])})', e.text)
     said = {e.sent_id: colour == LOST[e.category] for e in whole.expressions('test') for colour in TINTS if says(e, colour)}
     assert said and {s: groups[s] == 'lost pair' for s in said} == said
+
+
+def test_workers_end_with_the_process_that_started_them(root, tmp_path):
+    "After kill -9 of the ladder no worker is left that holds a run's folder; the next try goes on where it was."
+    code = ("from risclip.ladder import ladder\n"
+            f"if __name__ == '__main__': ladder({str(tmp_path/'results')!r}, {str(tmp_path/'runs')!r}, seeds=(0,), which=('adapters',), preset='smoke', workers=1, progress=False, root={str(root)!r}, stage1_steps=100_000, batch=2)\n")
+    (tmp_path/'climb.py').write_text(code)
+    env = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
+    process, history = subprocess.Popen([sys.executable, tmp_path/'climb.py'], env=env), tmp_path/'runs'/'adapters-0'/'history.csv'
+    until = lambda true, seconds=120: next((True for _ in range(seconds*5) if true() or time.sleep(.2)), False)
+    assert until(lambda: history.exists() and history.read_text().count('\n') > 4)
+    process.send_signal(signal.SIGKILL); process.wait()
+    def free():
+        try: FileLock(tmp_path/'runs'/'adapters-0'/'.lock').acquire(timeout=0).lock.release(); return True
+        except Timeout: return False
+    assert until(free, 30)
+    size = history.stat().st_size
+    time.sleep(1)
+    assert history.stat().st_size == size
