@@ -17,7 +17,7 @@ help:
 	@echo 'make test       install, and run every test (15 minutes on two cores)'
 	@echo 'make lab        open the notebooks in JupyterLab'
 	@echo 'make export     notebooks -> risclip/, cleaned notebooks, README.md'
-	@echo 'make pretrain   train the small CLIP again (90 minutes on two cores, minutes on a GPU)'
+	@echo 'make pretrain   train the small CLIP again (an hour and a half on two cores, minutes on a GPU)'
 	@echo 'make ladder     train and score every rung with three seeds into data/ladder/ (2 hours on two cores; SEEDS=7 takes another)'
 	@echo 'make studies    the open choices, and a CLIP without its alignment, beside the ladder (2 hours on two cores)'
 	@echo 'make clean      remove .venv, caches and generated data; runs/ stays'
