@@ -23,6 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import open_clip
 import torch
+from fastcore.basics import patch
 from PIL import Image
 from tqdm import tqdm
 
@@ -196,28 +197,33 @@ class Job:
         s = self.settings
         return s.stage1_steps*s.has('calibrated') + s.stage2_steps*s.has('decoder')
 
-    def clip(self):
-        "The CLIP that it stands on."
-        s = self.settings
-        return towers_of(load_clip(s.clip, s.pretrained, s.size), self.towers)
+# %% ../nbs/13_ladder.ipynb #1ad00053
+@patch
+def clip(self: Job):
+    "The CLIP that it stands on."
+    s = self.settings
+    return towers_of(load_clip(s.clip, s.pretrained, s.size), self.towers)
 
-    def places(self) -> dict:
-        "{rung: its folder}."
-        return {rung: Path(self.folder)/f'{rung}-{self.seed}' for rung in rungs_of(self.run)}
+@patch
+def places(self: Job) -> dict:
+    "{rung: its folder}."
+    return {rung: Path(self.folder)/f'{rung}-{self.seed}' for rung in rungs_of(self.run)}
 
-    def facts(self, clip) -> dict:
-        "What its finished folder must agree with: settings, CLIP, RefMoji, how many expressions are scored."
-        settings = {k: v for k, v in asdict(self.settings).items() if k not in ('root', 'workers', 'test_limit', 'save_every')}
-        return json.loads(json.dumps(dict(settings=settings, clip=identity(clip), refmoji=VERSION, limit=self.limit)))
+@patch
+def facts(self: Job, clip) -> dict:
+    "What its finished folder must agree with: settings, CLIP, RefMoji, how many expressions are scored."
+    settings = {k: v for k, v in asdict(self.settings).items() if k not in ('root', 'workers', 'test_limit', 'save_every')}
+    return json.loads(json.dumps(dict(settings=settings, clip=identity(clip), refmoji=VERSION, limit=self.limit)))
 
-    def is_done(self, clip) -> bool:
-        "Are its folders there, finished? ValueError if they hold another run of this name."
-        for place in self.places().values():
-            if not (place/'rows.csv').exists(): return False
-            lies = json.loads((place/'run.json').read_text())
-            for part, value in self.facts(clip).items():
-                if lies[part] != value: raise ValueError(f'{place} is of another run (its {part} differ): remove it, or give another folder')
-        return True
+@patch
+def is_done(self: Job, clip) -> bool:
+    "Are its folders there, finished? ValueError if they hold another run of this name."
+    for place in self.places().values():
+        if not (place/'rows.csv').exists(): return False
+        lies = json.loads((place/'run.json').read_text())
+        for part, value in self.facts(clip).items():
+            if lies[part] != value: raise ValueError(f'{place} is of another run (its {part} differ): remove it, or give another folder')
+    return True
 
 # %% ../nbs/13_ladder.ipynb #1ad00018
 def climb(job: Job, threads=None):
@@ -549,8 +555,8 @@ def carry_over(folder=None, runs=None, seed=0, preset='ladder', pictures=200, wo
     run_jobs([job], workers, threads, progress)
     models, rows = load_rungs(folder, seed), []
     def add(part, kind, model, rung, ious):
-        "One row."
-        rows.append(dict(part=part, kind=kind, model=model, rung=rung, seed=seed, n=len(ious), miou=round(100*float(np.mean(ious)), 4)))
+        "One row; none where there is nothing to count."
+        if ious: rows.append(dict(part=part, kind=kind, model=model, rung=rung, seed=seed, n=len(ious), miou=round(100*float(np.mean(ious)), 4)))
     for what in BEYOND:
         dataset = dataset_of(job.settings, Refer(what, 'umd', root=beyond_folder(runs/'beyond', what, pictures, seed)), 'test', models['raw'][0].clip)
         for rung, (model, threshold) in models.items():

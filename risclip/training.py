@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MINIATURE', 'PRESETS', 'COLUMNS', 'TABLE', 'Settings', 'check_names', 'settings_of', 'given_names', 'settings_in',
-           'refer_of', 'dataset_of', 'patch_label', 'losses', 'stage_losses', 'batches', 'runs_folder', 'room_for',
-           'check_folder', 'versions', 'git_commit', 'Run', 'read_history', 'bar_of', 'fit', 'train_stages', 'maps_of',
-           'choose_thresholds', 'score', 'report', 'table', 'train', 'draw_history', 'draw_predictions',
+           'refer_of', 'dataset_of', 'patch_label', 'losses', 'together', 'stage_losses', 'batches', 'runs_folder',
+           'room_for', 'check_folder', 'versions', 'git_commit', 'Run', 'read_history', 'bar_of', 'fit', 'train_stages',
+           'maps_of', 'choose_thresholds', 'score', 'report', 'table', 'train', 'draw_history', 'draw_predictions',
            'risclip_train', 'risclip_evaluate']
 
 # %% ../nbs/12_training.ipynb #e64f9c7a
@@ -77,11 +77,6 @@ class Settings(ModelSettings):
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and value < low: raise ValueError(f'{name}={value}: at least {low}')
-
-    @property
-    def together(self) -> bool:
-        "Are the map and the mask trained at once?"
-        return self.stages == 1 and self.has('decoder')
 
 # %% ../nbs/12_training.ipynb #5512244c
 MINIATURE = dict(clip='tinyclip', data='refmojig', heads=4, shared=96, ske_layers=2, ske_hidden=192, decoder_width=32, workers=0,
@@ -156,11 +151,15 @@ def losses(s: Settings, logits, target) -> dict:
     dice, focal = dice_loss(logits, target), focal_loss(logits, target, s.alpha, s.gamma)
     return dict(loss=s.dice_weight*dice + s.focal_weight*focal, dice=dice, focal=focal)
 
+def together(s: Settings) -> bool:
+    "Are the map and the mask trained at once, in one stage?"
+    return s.stages == 1 and s.has('decoder')
+
 def stage_losses(s: Settings, stage: int, output, batch, grid) -> dict:
     "The losses of a stage: of the grounding against patches, or of the mask against pixels. With one stage for all, their sum."
     patches = lambda: losses(s, output.grounding, patch_label(batch.mask, grid, s.label))
     pixels = lambda: losses(s, output.mask, batch.mask)
-    if not s.together: return patches() if stage == 1 else pixels()
+    if not together(s): return patches() if stage == 1 else pixels()
     return {name: a + b for (name, a), b in zip(patches().items(), pixels().values())}
 
 # %% ../nbs/12_training.ipynb #7da0b50c
@@ -322,7 +321,7 @@ def fit(run: Run, model: RISCLIP, stage: int, dataset, accelerator) -> RISCLIP:
     "One stage of training, from where the run left it to its end. Raises FloatingPointError for a loss or gradient that is not finite."
     s = run.s
     steps, lr = (s.stage1_steps, s.lr1) if stage == 1 else (s.stage2_steps, s.lr2)
-    parameters = model.train_stage(*(1, 2) if s.together else (stage,))
+    parameters = model.train_stage(*(1, 2) if together(s) else (stage,))
     optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(.9, .999), weight_decay=s.weight_decay)
     start = run.resume(stage, model, optimiser)
     run.start_history(stage, start)
@@ -347,7 +346,7 @@ def train_stages(run: Run, dataset, clip, accelerator) -> RISCLIP:
     "Stage 1 (adapters, CFE, SKE, scale and bias), then stage 2 (the decoder). What is done already is loaded."
     s = run.s
     set_seed(s.seed)
-    if s.together: return fit(run, RISCLIP(s, clip), 1, dataset, accelerator)
+    if together(s): return fit(run, RISCLIP(s, clip), 1, dataset, accelerator)
     below = RISCLIP(replace(s, rung='ske') if s.has('decoder') else s, clip)
     if not s.has('calibrated'): return below                                # raw CLIP: nothing to train
     in_stage2 = any(p.name.startswith('stage2-') for p in run.checkpoints())

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from conftest import ROOT
 from risclip.clip import load_clip
 from risclip.grounding import raw_grounding
-from risclip.ladder import COLUMNS, SCORED, VERDICTS, CHOICES, Job, beyond_folder, carry_over, climb, gather, ladder, load_rungs, maps_at, pair_groups, read_csv, rung_costs, saved_bytes, staircase, studies, study_jobs, thinned, told_of, towers_of, verdict
+from risclip.ladder import CHOICES, COLUMNS, LOST, SCORED, VERDICTS, Job, beyond_folder, carry_over, climb, gather, ladder, load_rungs, maps_at, pair_groups, read_csv, rung_costs, saved_bytes, staircase, studies, study_jobs, thinned, told_of, towers_of, verdict
 from risclip.model import RUNGS, load_risclip
 from risclip.refer import Refer
 from risclip.refmoji import COLOURS as TINTS, NOUNS, build_refmoji
@@ -44,7 +44,7 @@ def test_a_verdict_by_its_definition(prediction, n, data):
 # --- a small climb
 
 @pytest.fixture(scope='module')
-def root(tmp_path_factory): return build_refmoji(tmp_path_factory.mktemp('data'), dict(train=30, val=2, test=8, testA=4, testB=4), workers=1)
+def root(tmp_path_factory): return build_refmoji(tmp_path_factory.mktemp('data'), dict(train=30, val=2, test=24, testA=4, testB=4), workers=1)
 
 
 @pytest.fixture(scope='module')
@@ -185,7 +185,7 @@ def test_costs_of_the_rungs(climbed, root):
 
 
 def test_load_rungs_names_what_is_missing(climbed, tmp_path):
-    with pytest.raises(FileNotFoundError, match='adapters-7'): load_rungs(climbed[0], 7)
+    with pytest.raises(FileNotFoundError, match='calibrated-7'): load_rungs(climbed[0], 7)
 
 
 def test_maps_at_are_those_that_were_scored(climbed, root):
