@@ -271,6 +271,7 @@ def _end_with(parent: int):
         os._exit(1)
     Thread(target=watch, daemon=True).start()
 
+# %% ../nbs/13_ladder.ipynb #1ad00054
 def run_jobs(
     jobs,               # of Job
     workers=None,       # runs at a time; None: one a core, or one on a GPU
@@ -297,6 +298,7 @@ def run_jobs(
                     raise RuntimeError(f'the run {job} failed: {future.exception()}. What is finished is kept in {job.folder}') from future.exception()
                 after()
 
+# %% ../nbs/13_ladder.ipynb #1ad00055
 def ladder(
     folder=None,        # where the results go; None: data/ladder
     runs=None,          # where the runs train; None: runs/ladder
