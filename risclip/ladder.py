@@ -389,6 +389,7 @@ def load_rungs(folder=None, seed=0, clip=None) -> dict:
         models[rung] = model, json.loads((place/'run.json').read_text())['threshold']
     return models
 
+# %% ../nbs/13_ladder.ipynb #1ad00057
 def saved_bytes(model, compute) -> int:
     "How many bytes autograd keeps for the backward pass of `compute()`: what lies in the same memory is counted once, and the model's weights, which are there anyway, not at all."
     weights = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
@@ -400,6 +401,7 @@ def saved_bytes(model, compute) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor): result = compute()     # the result holds what was saved alive
     return sum(size for place, size in kept.items() if place not in weights and result is not None)
 
+# %% ../nbs/13_ladder.ipynb #1ad00058
 def rung_costs(models: dict, s: Settings, batch, repeats=3) -> dict:
     "{rung: dict(learnt, step, forward, memory)}: numbers that are learnt; seconds of a training step and of a forward pass; bytes kept for the backward pass, each for `batch`."
     def loss(rung, model): return stage_losses(s, 2 if rung == 'decoder' else 1, model(batch.pixels, batch.tokens), batch, model.clip.grid)['loss']
@@ -503,6 +505,7 @@ def without_lost_pairs(place, root=None) -> Path:
     with written_whole(refs) as new: new.write_bytes(pickle.dumps(kept, protocol=2))
     return place
 
+# %% ../nbs/13_ladder.ipynb #1ad00056
 def chains(rng, scene, seen) -> dict:
     "{thing: sentences}: phrases of one, two and three relations, where the picture allows all three. The kind says how many."
     told = {}
