@@ -8,8 +8,8 @@ __all__ = ['RUNS', 'SCORED', 'VERDICTS', 'COLUMNS', 'TOLD', 'TOWERS', 'SHADES', 
            'rung_thresholds', 'score_rungs', 'thinned', 'at_rung', 'towers_of', 'Job', 'climb', 'gather', 'steps_done',
            'run_jobs', 'ladder', 'staircase', 'draw_bars', 'told_of', 'mean_over_seeds', 'draw_verdicts', 'curve_of',
            'load_rungs', 'saved_bytes', 'rung_costs', 'maps_at', 'draw_climb', 'study_jobs', 'studies',
-           'gather_studies', 'is_lost_pair', 'without_lost_pairs', 'chains', 'crowds', 'beyond_folder', 'pair_groups',
-           'carry_over']
+           'gather_studies', 'judged_colours', 'is_lost_pair', 'without_lost_pairs', 'chains', 'crowds',
+           'beyond_folder', 'pair_groups', 'carry_over']
 
 # %% ../nbs/13_ladder.ipynb #1ad00004
 import copy, csv, json, math, os, pickle, time
@@ -98,6 +98,7 @@ def choice(scores, truth, alike) -> dict:
 def rung_maps(model: RISCLIP, rungs):
     "-> predict(batch) -> {rung: scores [B, 1, ., .]}: the mask for `decoder`, the cosines of chapter 06 for `raw`, else the map."
     def predict(batch):
+        "The maps of one batch."
         if 'raw' in rungs: return dict(raw=raw_grounding(model.clip, batch.pixels, batch.tokens))
         output = model(batch.pixels, batch.tokens)
         return {rung: (output.mask if rung == 'decoder' else output.grounding).sigmoid() for rung in rungs}
@@ -404,7 +405,9 @@ def saved_bytes(model, compute) -> int:
 # %% ../nbs/13_ladder.ipynb #1ad00058
 def rung_costs(models: dict, s: Settings, batch, repeats=3) -> dict:
     "{rung: dict(learnt, step, forward, memory)}: numbers that are learnt; seconds of a training step and of a forward pass; bytes kept for the backward pass, each for `batch`."
-    def loss(rung, model): return stage_losses(s, 2 if rung == 'decoder' else 1, model(batch.pixels, batch.tokens), batch, model.clip.grid)['loss']
+    def loss(rung, model):
+        "Of the stage that trains this rung."
+        return stage_losses(s, 2 if rung == 'decoder' else 1, model(batch.pixels, batch.tokens), batch, model.clip.grid)['loss']
     def timed(compute):
         "Seconds of one call."
         begin = time.perf_counter(); compute(); return time.perf_counter() - begin
@@ -485,11 +488,14 @@ def gather_studies(folder, seed=0, preset='ladder', **changes) -> list:
 # %% ../nbs/13_ladder.ipynb #1ad00047
 LOST = {name: TINTS[i % len(TINTS)] for i, name in enumerate(DRAWINGS)}      # the colour that each category loses
 
-def is_lost_pair(refer, ann_id) -> bool:
-    "May the thing be said to have the colour that its category loses? (chapter 02's judgement; unclear counts as yes)"
+def judged_colours(refer, ann_id):
+    "Chapter 02's judgement of each of the six colours of a thing, from the pixels in the files: [6]."
     pixels = np.asarray(refer.picture(refer.annotations[ann_id]['image_id']).convert('RGB'))[refer.mask(ann_id)]
-    judged = judge_colours(*colour_shares(pixels)[:, None])[0]
-    return judged[TINTS.index(LOST[refer.category(ann_id)])] > NO
+    return judge_colours(*colour_shares(pixels)[:, None])[0]
+
+def is_lost_pair(refer, ann_id) -> bool:
+    "May the thing be said to have the colour that its category loses? (unclear counts as yes)"
+    return judged_colours(refer, ann_id)[TINTS.index(LOST[refer.category(ann_id)])] > NO
 
 def without_lost_pairs(place, root=None) -> Path:
     "RefMoji in `place`, less the pictures of refmojig's train split that hold a lost pair; all else are links to the files in `root`."
@@ -545,8 +551,7 @@ def pair_groups(refer, split='test') -> dict:
     groups, seen = {}, {}
     for e in refer.expressions(split):
         if e.ann_id not in seen:
-            pixels = np.asarray(refer.picture(e.image_id).convert('RGB'))[refer.mask(e.ann_id)]
-            clear = judge_colours(*colour_shares(pixels)[:, None])[0].max() > UNCLEAR
+            clear = judged_colours(refer, e.ann_id).max() > UNCLEAR
             seen[e.ann_id] = 'lost pair' if is_lost_pair(refer, e.ann_id) else 'other colour' if clear else None
         if seen[e.ann_id]: groups[e.sent_id] = seen[e.ann_id]
     return groups

@@ -233,6 +233,7 @@ class PretrainState:
         self.met, self.step, self.history, self.seconds = saved['met'].cpu(), saved['step'], saved['history'], saved['seconds']
 
     def save(self, s):
+        "Write state.pt under another name, then rename."
         new = self.file.with_suffix('.new')
         torch.save(dict(settings=asdict(s), model=self.model.state_dict(), optimiser=self.optimiser.state_dict(), met=self.met,
                         step=self.step, history=self.history, seconds=self.seconds), new)
