@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn, Tensor
+from torch.utils.checkpoint import checkpoint
 
 import risclip
 from .adapters import BlockAdapters
@@ -90,6 +91,7 @@ class RISCLIP(nn.Module):
     ValueError: features that the image tower does not have, heads that do not divide a width."""
     def __init__(self, settings: ModelSettings, clip: CLIPTowers | None = None):
         super().__init__()
+        self.recompute = False                                # True: the backward pass computes blocks again instead of keeping them
         c = self.clip = clip or load_clip(settings.clip, settings.pretrained, settings.size)
         s = self.settings = replace(settings, clip=c.name, pretrained=c.pretrained, size=c.size)   # what it truly stands on
         image, text = len(c.image.blocks), len(c.text.blocks)
@@ -103,6 +105,10 @@ class RISCLIP(nn.Module):
         self.decoder = Decoder(c.width_image, c.patch, s.decoder_width, len(s.features)) if s.has('decoder') else None
         if self.decoder and not all(1 <= i <= image for i in s.features):
             raise ValueError(f'features={s.features}: the image tower has blocks 1 to {image}')
+
+    def kept(self, part, *args):
+        "`part(*args)`; with `recompute`, only the arguments are kept for the backward pass, and the rest is computed again there (gradient checkpointing)."
+        return checkpoint(part, *args, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else part(*args)
 
     def image_block(self, i, v):
         "Image block i: v [B, N, Dv] -> [B, N, Dv]."
@@ -126,10 +132,10 @@ def walk(self: RISCLIP, pixels, tokens):
     features, k = [], 0                                        # what the image blocks gave; text blocks done
     end = len(image.blocks), len(text.blocks)
     for (next_i, next_k), cfe in zip([*self.meetings, end], [*self.cfe, None]):
-        while len(features) < next_i: v = self.image_block(len(features), v); features.append(v)
-        while k < next_k: t = self.text_block(k, t, causal); k += 1
+        while len(features) < next_i: v = self.kept(self.image_block, len(features), v); features.append(v)
+        while k < next_k: t = self.kept(self.text_block, k, t, causal); k += 1
         if cfe:
-            dv, dt = cfe(v, t, pad)                            # both from what came in
+            dv, dt = self.kept(cfe, v, t, pad)                            # both from what came in
             v, t = v + dv, t + dt
     return features, image.project(v), text.project(t)
 
@@ -140,7 +146,7 @@ def ground(self: RISCLIP, pixels: Tensor, tokens: Tensor):
     tokens = tokens[:, :int(eos_position(tokens).max()) + 1]   # beyond the longest phrase is only padding
     features, v, t = self.walk(pixels, tokens)
     pad = self.clip.text.pad_mask(tokens)
-    for ske in self.ske: v, t = ske(v, t, pad)
+    for ske in self.ske: v, t = self.kept(ske, v, t, pad)
     return features, self.calibration(cosine_map(v[:, 1:], self.clip.text.eos(t, tokens), self.clip.grid))
 
 @patch

@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 from conftest import ROOT
 from risclip.clip import load_clip
 from risclip.grounding import raw_grounding
-from risclip.ladder import CHOICES, COLUMNS, LOST, SCORED, VERDICTS, Job, beyond_folder, carry_over, climb, gather, ladder, load_rungs, maps_at, pair_groups, read_csv, rung_costs, saved_bytes, staircase, studies, study_jobs, thinned, told_of, towers_of, verdict
+from risclip.ladder import CHOICES, COLUMNS, LOST, SCORED, VERDICTS, Job, beyond_folder, carry_over, climb, gather, ladder, load_rungs, maps_at, pair_groups, read_csv, rung_costs, staircase, studies, study_jobs, thinned, told_of, towers_of, verdict
 from risclip.model import RUNGS, load_risclip
 from risclip.refer import Refer
 from risclip.refmoji import COLOURS as TINTS, NOUNS, build_refmoji
-from risclip.training import dataset_of, settings_of
+from risclip.training import dataset_of, saved_bytes, settings_of
 
 FEW = dict(stage1_steps=3, stage2_steps=2, batch=4, batch2=4, save_every=2, ske_layers=1, warmup=1)
 

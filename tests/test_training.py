@@ -62,7 +62,7 @@ if how == 'dies while it saves':
             file.write_bytes(file.read_bytes()[:1000])     # half a file, and then
             os.kill(os.getpid(), 9)
     t.save_file = save_file
-t.PRESETS['smoke'] |= dict(test_limit=12)
+t.PRESETS['smoke'] |= dict(test_limit=int(os.environ.get('LIMIT', 12)))
 t.risclip_train()
 '''
 
@@ -406,10 +406,59 @@ train(settings_of('smoke', root={str(root)!r}, precision='bf16', stage1_steps=2,
     assert all(v.dtype == torch.float32 for v in load_file(tmp_path/'run'/'model'/'weights.safetensors').values() if v.is_floating_point())
 
 
-def test_several_processes_are_refused(smoke, tmp_path, monkeypatch):
-    no_training(monkeypatch)
-    monkeypatch.setattr(training.Accelerator, 'num_processes', 2)
-    with pytest.raises(ValueError, match='2 processes'): train(smoke, tmp_path/'run')
+# --- parts of a batch, and several processes
+
+def losses_of(folder, stage): return [r['loss'] for r in read_history(folder/'history.csv') if r['stage'] == stage]
+
+def test_parts_of_a_batch_are_the_batch(smoke, finished, tmp_path):
+    "Stage 1 has no batch statistics: in parts it takes the same way. What recomputes takes it to the last bit."
+    train(replace(smoke, accumulate=2, rung='ske', test_limit=2), tmp_path/'parts', progress=False)
+    np.testing.assert_allclose(losses_of(tmp_path/'parts', 1), losses_of(finished[0], 1), atol=1e-5)
+    train(replace(smoke, recompute=True), tmp_path/'again', progress=False)
+    a, b = (load_file(folder/'model'/'weights.safetensors') for folder in (tmp_path/'again', finished[0]))
+    assert all(torch.equal(a[k], b[k]) for k in b) and json.loads((tmp_path/'again'/'metrics.json').read_text()) == finished[1]
+    with pytest.raises(ValueError, match='a batch of 4 cannot be shared by 1 process.es. with accumulate=3: it must be a multiple of 3'):
+        train(replace(smoke, accumulate=3), tmp_path/'odd')
+    assert not (tmp_path/'odd').exists()
+
+def test_recompute_keeps_less(smoke, clip):
+    model = RISCLIP(replace(smoke, rung='ske'), clip)
+    parameters, bytes_kept = model.train_stage(1), {}
+    for model.recompute in (False, True):
+        bytes_kept[model.recompute] = training.saved_bytes(model, lambda: model(torch.randn(2, 3, 96, 96), clip.tokenize(['a cup', 'a dog'])).grounding.sum())
+    assert bytes_kept[True] < .5*bytes_kept[False]
+
+def test_keep(smoke, tmp_path):
+    train(replace(smoke, rung='calibrated', stage1_steps=6, save_every=1, keep=3, test_limit=2), tmp_path/'run', progress=False)
+    assert names(tmp_path/'run') == [f'stage1-{i:07d}' for i in (4, 5, 6)]
+
+def two_processes(root, folder, *options, limit=12):
+    "The train command in two processes, as a launcher starts them; its own session, so that nothing is left behind."
+    script = folder.parent/'command.py'
+    script.write_text(COMMAND)
+    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', script, 'lives', '--preset', 'smoke', '--folder', folder,
+                             '--root', root, '--stage1_steps', '12', '--batch', '4', *options], env=ENV | dict(LIMIT=str(limit)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+def test_two_processes_are_one(smoke, finished, root, tmp_path):
+    "Stage 1: the losses of one process to 1e-5. Scoring: every expression once, also where they cannot be shared evenly."
+    process = two_processes(root, tmp_path/'two', '--rung', 'ske', limit=11)
+    out = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, out[-3000:]
+    np.testing.assert_allclose(losses_of(tmp_path/'two', 1), losses_of(finished[0], 1), atol=1e-5)
+    metrics, eleven = json.loads((tmp_path/'two'/'metrics.json').read_text()), replace(smoke, rung='ske', test_limit=11)
+    alone = training.report(*training.score(load_risclip(tmp_path/'two'), eleven, refer_of(eleven), thresholds=metrics['thresholds'], progress=False))
+    assert metrics['expressions'] == 11 and metrics == alone
+    assert (tmp_path/'two'/'history.csv').read_text().count('\n') == 13
+
+def test_a_killed_process_ends_the_run(smoke, finished, root, tmp_path):
+    "With an error, not a hang; and one process alone takes the run to its end."
+    process = two_processes(root, tmp_path/'two')
+    wait_for(process, tmp_path/'two', 1, 4)
+    children = [int(c) for c in subprocess.run(['ps', '-o', 'pid=', '--ppid', str(process.pid)], capture_output=True, text=True).stdout.split()]
+    os.kill(max(children), signal.SIGKILL)
+    assert process.wait(120) != 0
+    done = train(replace(smoke, stage2_steps=4), tmp_path/'two', progress=False)
+    assert done['expressions'] == 12 and len(losses_of(tmp_path/'two', 1)) == 12
 
 
 # --- it learns
