@@ -46,6 +46,7 @@ class ModelSettings:
     ske_layers: int = 6              # (inferred)
     ske_hidden: int | None = 256     # of SKE's MLP; None: half the width (inferred)
     ske_aligned: bool = True         # SKE's attentions start as CLIP's own comparison (ours); False: at random
+    ske_positions: bool = False      # SKE's image tokens carry their places (ours, measured on the miniature)
     features: tuple = (1, 2, 3, 4)   # the image blocks, counted from 1, whose outputs are v1..v4 (slides)
     decoder_width: int = 256         # channels of the decoder (ours)
     scale: float = math.exp(2.7)     # where the learnt scale starts (ours)
@@ -101,7 +102,7 @@ class RISCLIP(nn.Module):
         self.text_adapters = parts('adapters', lambda: BlockAdapters(c.width_text, s.bottleneck), text)
         self.meetings = meeting_blocks(image, text, s.cfe_layers) if s.has('cfe') else []
         self.cfe = parts('cfe', lambda: CFE(c.width_image, c.width_text, s.shared, s.heads), len(self.meetings))
-        self.ske = parts('ske', lambda: SKE(c.width_joint, s.heads, s.ske_hidden, s.ske_aligned), s.ske_layers)
+        self.ske = parts('ske', lambda: SKE(c.width_joint, s.heads, s.ske_hidden, s.ske_aligned, c.grid[0] if s.ske_positions else None), s.ske_layers)
         self.decoder = Decoder(c.width_image, c.patch, s.decoder_width, len(s.features)) if s.has('decoder') else None
         if self.decoder and not all(1 <= i <= image for i in s.features):
             raise ValueError(f'features={s.features}: the image tower has blocks 1 to {image}')

@@ -9,6 +9,7 @@ __all__ = ['start_aligned', 'Conditioning', 'SKE']
 import torch
 from torch import nn, Tensor
 from .cfe import Attention
+from .pretraining import wave_positions
 
 # %% ../nbs/09_ske.ipynb #9c034537
 def start_aligned(attention:Attention, sharpness:float=1.5):
@@ -40,12 +41,17 @@ class SKE(nn.Module):
 
     v: [B, N, E] image tokens, t: [B, T, E] text tokens, pad: [B, T] bool, True at padding -> (v, t), same shapes.
     Per modality: inter-modal attention (both sides read the incoming other), intra-modal attention, MLP; each residual.
-    hidden: width of the MLP, `width // 2` when None. aligned: see `Conditioning`. Source: slides, "SKE"; order, count and sizes are inferred.
+    hidden: width of the MLP, `width // 2` when None. aligned: see `Conditioning`.
+    side: patches on a side; each image token then carries its place into both attentions, chapter 05's waves at first (ours); None: no places.
+    Source: slides, "SKE"; order, count and sizes are inferred.
     return_attention: also {'image->text': [B, N, T], 'text->image': [B, T, N], 'image->image': [B, N, N], 'text->text': [B, T, T]}."""
-    def __init__(self, width:int, heads:int=8, hidden:int|None=None, aligned:bool=True):
+    def __init__(self, width:int, heads:int=8, hidden:int|None=None, aligned:bool=True, side:int|None=None):
         super().__init__()
         hidden = width//2 if hidden is None else hidden
         self.image, self.text = (Conditioning(width, heads, hidden, aligned) for _ in range(2))
+        self.positions = None if side is None else nn.Parameter(wave_positions(side, width))    # [1 + side*side, E]
+
+    def placed(self, v:Tensor) -> Tensor: return v if self.positions is None else v + self.positions
 
     def forward(self, v:Tensor, t:Tensor, pad:Tensor|None=None, return_attention:bool=False):
         seen = {}
@@ -54,9 +60,9 @@ class SKE(nn.Module):
             if return_attention: out, seen[name] = out
             return out
         i, x = self.image, self.text
-        vn, tn = i.norm_between(v), x.norm_between(t)
+        vn, tn = self.placed(i.norm_between(v)), x.norm_between(t)
         v, t = v + read('image->text', i.between, vn, tn, pad), t + read('text->image', x.between, tn, vn)
-        vn, tn = i.norm_within(v), x.norm_within(t)
+        vn, tn = self.placed(i.norm_within(v)), x.norm_within(t)
         v, t = v + read('image->image', i.within, vn, vn), t + read('text->text', x.within, tn, tn, pad)
         v, t = v + i.mlp(i.norm_mlp(v)), t + x.mlp(x.norm_mlp(t))
         return (v, t, seen) if return_attention else (v, t)

@@ -84,7 +84,7 @@ class Settings(ModelSettings):
             if value is not None and value < low: raise ValueError(f'{name}={value}: at least {low}')
 
 # %% ../nbs/12_training.ipynb #5512244c
-MINIATURE = dict(clip='tinyclip', data='refmojig', heads=4, shared=96, ske_layers=3, ske_hidden=192, decoder_width=32, workers=0,
+MINIATURE = dict(clip='tinyclip', data='refmojig', heads=4, shared=96, ske_layers=3, ske_hidden=192, ske_positions=True, decoder_width=32, workers=0,
                  lr1=2e-3, lr2=6e-3, warmup=50, save_every=100, values='none')
 PRESETS = {
     'smoke': MINIATURE | dict(stage1_steps=6, stage2_steps=4, batch=8, batch2=8, save_every=2, test_limit=24, ske_layers=1, warmup=1),
