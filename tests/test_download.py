@@ -1,5 +1,5 @@
 "Getting the data, over real HTTP from a server on this machine: places that fail, torn files, kills, a full disk, what lies elsewhere."
-import errno, io, os, re, shutil, stat, subprocess, sys, threading, warnings
+import errno, io, os, re, shutil, stat, subprocess, sys, threading
 from collections import namedtuple
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,8 +12,8 @@ from PIL import Image
 
 import risclip.download as download
 from conftest import ROOT
-from risclip.download import (GIVE_UP, MIRRORS, check_room, fetch, get_annotations, get_data, install, picture_fault, picture_faults, report,
-                              risclip_data, take_pictures, unpack)
+from risclip.download import (MIRRORS, check_room, fetch, get_annotations, get_data, install, picture_fault, picture_faults, report, risclip_data,
+                              take_pictures, unpack)
 from risclip.refer import images_folder, write_refer
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*differs from what was published')
@@ -178,7 +178,7 @@ def test_some_pictures_do_not_come(shelf, made, tmp_path):
     shelf.pages |= {f'/train2014/{NAMES[1]}': 503, f'/train2014/{NAMES[2]}': b'<html>sorry', f'/train2014/{NAMES[3]}': good[f'/train2014/{NAMES[3]}'][:300]}
     shelf.cut[f'/train2014/{NAMES[4]}'] = 50                                     # once: the second try gets it
     refer, faults = get(tmp_path)
-    assert faults == dict.fromkeys(NAMES[1:4], 'is not there')
+    assert list(faults) == NAMES[1:4] and faults[NAMES[1]] == 'is not there (answers 503)' and 'is a web page, not a picture)' in faults[NAMES[2]]
     assert 'pictures: 5 whole, 3 missing, 0 damaged' in report(refer, faults) and NAMES[1] in report(refer, faults)
     shelf.pages |= good; shelf.asked.clear()
     assert get(tmp_path)[1] == {} and whole(tmp_path, made)
@@ -231,6 +231,8 @@ def test_an_archive_of_something_else(tmp_path, made):
     torn = annotations(made) | {'refcoco/instances.json': b'{"images": ['}
     (tmp_path/'refcoco.zip').write_bytes(zipped(torn))
     with pytest.raises(ValueError, match='instances.json is not whole'): install(tmp_path/'refcoco.zip', tmp_path/'data'/'refcoco')
+    (tmp_path/'refcoco.zip').write_text('<html>')
+    with pytest.raises(ValueError, match='refcoco.zip is a web page, not a zip'): install(tmp_path/'refcoco.zip', tmp_path/'data'/'refcoco')
 
 def test_what_cannot_be_read_is_kept_aside(shelf, made, tmp_path, capsys):
     get(tmp_path)
@@ -247,6 +249,7 @@ def test_no_room(shelf, made, tmp_path, monkeypatch):
     left(100)
     with pytest.raises(OSError, match=f'{re.escape(str(tmp_path))}.* make room') as e: get(tmp_path)
     assert e.value.errno == errno.ENOSPC and not isinstance(e.value, ConnectionError)
+    assert not any(p.stat().st_size for p in tmp_path.iterdir())                 # asked before the first byte
     left(10**6)                                                                  # enough for annotations, not for N pictures
     shelf.asked.clear()
     with pytest.raises(OSError, match='train2014 needs 1 MB') as e: get(tmp_path)

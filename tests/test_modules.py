@@ -241,6 +241,31 @@ def test_cfe_reads_the_incoming_tokens_both_ways():
     assert_close(dv, cfe.s2v(mhca(cfe.image, vs, ts)), atol=1e-5, rtol=1e-4)
     assert_close(dt, cfe.s2t(mhca(cfe.text, ts, vs)), atol=1e-5, rtol=1e-4)
 
+def test_ske_starts_as_a_comparison():
+    "Untrained, the attention of a token is the softmax of its dot products with the others, head by head; and with aligned=False it is not."
+    v, t = torch.randn(2, 6, 16), torch.randn(2, 5, 16)
+    def heads(x): return x.unflatten(-1, (2, 8)).transpose(1, 2)                       # [B, heads, n, width/heads]
+    for ske, same in (SKE(16, 2), True), (SKE(16, 2, aligned=False), False):
+        seen = ske(v, t, return_attention=True)[2]
+        norm = lambda x: F.layer_norm(x, (16,))
+        for name, q, k in ('image->text', v, t), ('text->image', t, v), ('image->image', v, v), ('text->text', t, t):
+            expected = (1.5**2*heads(norm(q))@heads(norm(k)).mT/8**.5).softmax(-1).mean(1)
+            assert torch.allclose(seen[name], expected, atol=1e-5) == same, name
+
+
+def test_ske_places():
+    "With `side` it starts at plain CLIP all the same, two equal patches at two places look elsewhere, and the places learn."
+    ske = SKE(16, 2, side=3)
+    v, t = torch.randn(1, 1, 16).expand(1, 10, 16), torch.randn(1, 4, 16)
+    out_v, out_t, seen = ske(v, t, return_attention=True)
+    assert torch.equal(out_v, v) and torch.equal(out_t, t)
+    assert (seen['image->text'][0, 1] - seen['image->text'][0, 9]).abs().max() > 1e-3
+    without = SKE(16, 2)(v, t, return_attention=True)[2]['image->text']
+    assert_close(without[0, 1], without[0, 9])
+    awake(ske)(v, t)[0].square().sum().backward()
+    assert ske.positions.grad.abs().sum() > 0 and ske.positions.shape == (10, 16)
+
+
 def test_ske_is_between_then_within_then_mlp():
     ske = awake(SKE(16, 2))
     v, t = torch.randn(2, 6, 16), torch.randn(2, 5, 16)
