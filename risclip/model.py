@@ -45,7 +45,7 @@ class ModelSettings:
     heads: int = 8                   # of CFE and SKE (inferred)
     ske_layers: int = 6              # (inferred)
     ske_hidden: int | None = 256     # of SKE's MLP; None: half the width (inferred)
-    ske_aligned: bool = True         # SKE's attentions start as CLIP's own comparison (ours); False: at random
+    ske_aligned: bool = False        # SKE's attentions start as CLIP's own comparison (ours); False: at random (not said)
     ske_positions: bool = False      # SKE's image tokens carry their places (ours, measured on the miniature)
     features: tuple = (1, 2, 3, 4)   # the image blocks, counted from 1, whose outputs are v1..v4 (slides)
     decoder_width: int = 256         # channels of the decoder (ours)

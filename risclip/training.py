@@ -84,13 +84,13 @@ class Settings(ModelSettings):
             if value is not None and value < low: raise ValueError(f'{name}={value}: at least {low}')
 
 # %% ../nbs/12_training.ipynb #5512244c
-MINIATURE = dict(clip='tinyclip', data='refmojig', heads=4, shared=96, ske_layers=3, ske_hidden=192, ske_positions=True, decoder_width=32, workers=0,
+MINIATURE = dict(clip='tinyclip', data='refmojig', heads=4, shared=96, ske_layers=3, ske_hidden=192, ske_aligned=True, ske_positions=True, decoder_width=32, workers=0,
                  lr1=2e-3, lr2=6e-3, warmup=50, save_every=100, values='none')
 PRESETS = {
     'smoke': MINIATURE | dict(stage1_steps=6, stage2_steps=4, batch=8, batch2=8, save_every=2, test_limit=24, ske_layers=1, warmup=1),
     'refmojig': MINIATURE | dict(stage1_steps=900, stage2_steps=400),
     'ladder': MINIATURE | dict(stage1_steps=1000, stage2_steps=400, test_limit=300),
-    'refmojig_long': MINIATURE | dict(stage1_steps=3000, stage2_steps=800),
+    'refmojig_long': MINIATURE | dict(stage1_steps=3000, stage2_steps=800, ske_layers=2, ske_aligned=False, ske_positions=False),   # as what ships was trained
 }
 
 # %% ../nbs/12_training.ipynb #5512244e
@@ -104,7 +104,7 @@ def paper_presets() -> dict:
     for (name, split_by), splits in PUBLISHED_COUNTS.items():
         epoch = splits['train'][1]//32                                   # steps: objects / batch
         test = next(s for s in ('test', 'testA', 'val') if s in splits)  # the others by `risclip_evaluate --split`
-        data = dict(pretrained='openai', data=name, split_by=split_by, test=test, stage1_steps=60*epoch, stage2_steps=10*epoch)
+        data = dict(pretrained='openai', ske_aligned=True, data=name, split_by=split_by, test=test, stage1_steps=60*epoch, stage2_steps=10*epoch)
         presets |= {f'{name}_{split_by}_{short}': data | backbone for short, backbone in BACKBONES.items()}
     return presets
 

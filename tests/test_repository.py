@@ -149,5 +149,5 @@ def test_wheel_works_outside_the_checkout(copy, tmp_path):
     away.mkdir()
     env = {k: v for k,v in os.environ.items() if k not in ('PYTHONPATH', 'RISCLIP_DATA')}
     run(python, '-c', INSIDE, cwd=away, env=env)
-    for command in ('risclip_train', 'risclip_evaluate'): assert 'usage' in run(python.parent/command, '--help', cwd=away, env=env)
+    for command in ('risclip_train', 'risclip_evaluate', 'risclip_data', 'risclip_segment'): assert 'usage' in run(python.parent/command, '--help', cwd=away, env=env)
     assert list(away.iterdir()) == []

@@ -33,6 +33,21 @@ def test_the_files_agree():
     assert seeds['raw'] == {0} and all(seeds[rung] == seeds['ske'] for rung in RUNGS[1:])
 
 
+def test_the_staircase_stands():
+    "On refmojig's test split each trained rung is above the one before by more than the larger of the two spreads, and SKE's gain shows on relations."
+    rows = [r for r in rows_in(FOLDER/'results.csv') if (r['set'], r['split']) == ('refmojig', 'test')]
+    of = lambda rung, kind: np.array([float(r['miou']) for r in rows if (r['rung'], r['kind']) == (rung, kind)])
+    def gain(low, high, kind):
+        a, b = of(low, kind), of(high, kind)
+        return b.mean() - a.mean(), max(np.ptp(a), np.ptp(b))
+    assert len(of('ske', 'all')) >= 2
+    for low, high in (('calibrated', 'adapters'), ('adapters', 'cfe'), ('cfe', 'ske'), ('ske', 'decoder')):
+        step, spread = gain(low, high, 'all')
+        assert step > spread, (low, high, step, spread)
+    step, spread = gain('cfe', 'ske', 'relation')
+    assert step > spread, (step, spread)
+
+
 def test_it_is_small_and_stands_on_the_clip_that_ships():
     weights = [place/'weights.safetensors' for place in PLACES]
     assert sum(f.stat().st_size for f in weights) <= 25e6
