@@ -450,7 +450,7 @@ def score(model: RISCLIP, s: Settings, refer: Refer, split=None, protocol='own',
     dataset = dataset_of(s, refer, split or s.test, model.clip, limit=s.test_limit, part=part)
     with tqdm(total=len(dataset), desc='scoring', mininterval=4, disable=not progress) as bar:
         def predict(batch): bar.update(len(batch.index)); return maps_of(model, batch)
-        scores = evaluate(predict, dataset, thresholds=thresholds, protocol=protocol, device=device, workers=s.workers)
+        scores = evaluate(predict, dataset, thresholds=thresholds, protocol=protocol, device=device, workers=0 if s.data in SETS else s.workers)
     return {name: all_rows(found) for name, found in scores.items()} if part[1] > 1 else scores, thresholds
 
 def report(scores: dict, thresholds: dict) -> dict:

@@ -243,6 +243,7 @@ def test_each_study_changes_what_it_names():
     assert {study for study, _ in jobs} == {*CHOICES, 'alignment'} and len({(j.folder, j.run) for found in jobs.values() for j in found}) == sum(map(len, jobs.values()))
     changed = {key: {k: v for k, v in asdict(found[0].settings).items() if v != base[k] and k != 'rung'} for key, found in jobs.items()}
     assert changed == {('value path', 'last block'): dict(values='last'), ('value path', 'every block'): dict(values='every'), ('CFE', 'last half'): dict(cfe_layers='last half'),
+        ('start of SKE', 'random'): dict(ske_aligned=False), ('places in SKE', 'not'): dict(ske_positions=False),
         ('label', 'any overlap'): dict(label='any'), ('scale and bias', 'fixed'): dict(learn_scale=False), ('loss', 'Dice alone'): dict(focal_weight=0.), ('loss', 'focal alone'): dict(dice_weight=0.),
         ('v1 to v4', 'spread'): dict(features=(1, 2, 4, 5)), ('stages', 'one'): dict(stages=1, stage1_steps=base['stage1_steps'] + base['stage2_steps']),
         ('alignment', 'rotated'): {}, ('alignment', 'random'): {}}

@@ -341,7 +341,8 @@ def test_the_installed_command(tmp_path):
 def test_ctrl_c_in_the_middle(tmp_path):
     drawing().resize((2400, 1800)).save(tmp_path/'a.png')
     out = tmp_path/'out'
-    with subprocess.Popen(command(tmp_path/'a.png', *[f'dog number {n}' for n in range(40)], '--out', out, '--device', 'cpu'), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command(tmp_path/'a.png', *[f'dog number {n}' for n in range(40)], '--out', out, '--device', 'cpu'), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:    # else a shell's background job would pass on its deafness to Ctrl-C
         process.stdout.readline()                                # the first phrase is done
         process.send_signal(signal.SIGINT)
         rest, err = process.communicate(timeout=60)
