@@ -24,7 +24,9 @@ class Adapter(nn.Module):
         nn.init.kaiming_normal_(self.down.weight, nonlinearity='relu')
         for zero in (self.down.bias, self.up.weight, self.up.bias): nn.init.zeros_(zero)
 
-    def forward(self, x:Tensor) -> Tensor: return self.up(self.down(x).relu())
+    def forward(self, x:Tensor) -> Tensor:
+        "Tokens [B, N, width] -> the change in them, of the same shape."
+        return self.up(self.down(x).relu())
 
 # %% ../nbs/07_adapters.ipynb #3d732ad5
 class BlockAdapters(nn.Module):

@@ -21,6 +21,7 @@ class Attention(nn.Module):
         self.mhca = nn.MultiheadAttention(width, heads, batch_first=True)
 
     def forward(self, queries:Tensor, context:Tensor, pad:Tensor|None=None, return_attention:bool=False):
+        "queries [B, Q, D], context [B, K, D] -> [B, Q, D], and on request the weights [B, Q, K]."
         out, weights = self.mhca(queries, context, context, key_padding_mask=pad, need_weights=return_attention)
         return (out, weights) if return_attention else out
 
@@ -41,6 +42,7 @@ class CFE(nn.Module):
         for last in (self.s2v, self.s2t): nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
 
     def forward(self, v:Tensor, t:Tensor, pad:Tensor|None=None, return_attention:bool=False):
+        "v [B, N, width_image], t [B, T, width_text] -> the changes in both; see the class."
         vs, ts = self.v2s(self.norm_v(v)), self.t2s(self.norm_t(t))        # eq 1     [B, N, E] [B, T, E]
         vm = self.image(vs, ts, pad, return_attention)                     # eq 2     image queries text
         tm = self.text(ts, vs, None, return_attention)                     #          text queries image

@@ -76,6 +76,7 @@ def _download(url, part, progress):
     start = part.stat().st_size if part.exists() else 0
     with open(part, 'ab') as out:
         def begin(response, **_):
+            "Before the first byte: begin anew if the server does, and look for room."
             if response.status_code == 200: out.truncate(0)
             check_room(part.parent, int(response.headers.get('Content-Length', 0)))
         headers = {'Accept-Encoding': 'identity'} | ({'Range': f'bytes={start}-'} if start else {})
@@ -291,6 +292,7 @@ def take_pictures(refer: Refer, names, place, ours=False, workers=8, progress=Tr
     place, sizes = Path(place), {p['file_name']: (p['height'], p['width']) for p in refer.pictures.values()}
     refer.images.mkdir(parents=True, exist_ok=True)
     def take(name):
+        "Link one picture from the first folder that has it whole."
         for folder in (place/'train2014', images_folder(place, refer.name), place):
             if not picture_fault(folder/name, sizes[name]): return _link(folder/name, refer.images/name)
     with ThreadPoolExecutor(workers) as pool: list(tqdm(pool.map(take, names), f'looking in {place}', len(names), disable=ours or not progress))

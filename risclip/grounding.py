@@ -137,4 +137,6 @@ class Calibration(nn.Module):
         if not scale > 0: raise ValueError(f'scale={scale}: it is kept as a logarithm, so it must be above 0')
         self.log_scale, self.bias = nn.Parameter(torch.tensor(math.log(scale))), nn.Parameter(torch.tensor(float(bias)))
 
-    def forward(self, cosine): return self.log_scale.exp()*cosine + self.bias
+    def forward(self, cosine):
+        "Cosines of any shape -> logits of the same shape."
+        return self.log_scale.exp()*cosine + self.bias

@@ -51,11 +51,15 @@ class SKE(nn.Module):
         self.image, self.text = (Conditioning(width, heads, hidden, aligned) for _ in range(2))
         self.positions = None if side is None else nn.Parameter(wave_positions(side, width))    # [1 + side*side, E]
 
-    def placed(self, v:Tensor) -> Tensor: return v if self.positions is None else v + self.positions
+    def placed(self, v:Tensor) -> Tensor:
+        "Image tokens [B, N, E] with their places, if the layer has any."
+        return v if self.positions is None else v + self.positions
 
     def forward(self, v:Tensor, t:Tensor, pad:Tensor|None=None, return_attention:bool=False):
+        "v [B, N, E], t [B, T, E] -> both, conditioned; see the class."
         seen = {}
         def read(name, attention, queries, context, pad=None):
+            "One attention; what it looked at is noted under its name."
             out = attention(queries, context, pad, return_attention)
             if return_attention: out, seen[name] = out
             return out

@@ -449,7 +449,9 @@ def score(model: RISCLIP, s: Settings, refer: Refer, split=None, protocol='own',
         thresholds = choose_thresholds(model, known, device)
     dataset = dataset_of(s, refer, split or s.test, model.clip, limit=s.test_limit, part=part)
     with tqdm(total=len(dataset), desc='scoring', mininterval=4, disable=not progress) as bar:
-        def predict(batch): bar.update(len(batch.index)); return maps_of(model, batch)
+        def predict(batch):
+            "All maps of one batch."
+            bar.update(len(batch.index)); return maps_of(model, batch)
         scores = evaluate(predict, dataset, thresholds=thresholds, protocol=protocol, device=device, workers=0 if s.data in SETS else s.workers)
     return {name: all_rows(found) for name, found in scores.items()} if part[1] > 1 else scores, thresholds
 
@@ -549,11 +551,12 @@ def saved_bytes(model, compute) -> int:
 
 # %% ../nbs/12_training.ipynb #b86097f0
 def step_memory(model: RISCLIP, s: Settings, stage: int, pixels, tokens) -> int:
-    "Bytes that a step of a stage takes in 32 bits, from one picture [1, 3, S, S] and phrase [1, T]: weights, gradients, AdamW's averages, and what the backward pass keeps for `batch` of them."
+    "Bytes that a step of a stage takes in 32 bits, from one picture [1, 3, S, S] and phrase [1, T]: weights, gradients, AdamW's averages, and what the backward pass keeps for a part of the batch."
     parameters, size = model.train_stage(*(1, 2) if together(s) else (stage,)), model.clip.size
     batch = Batch(pixels, tokens, torch.zeros(1, 1, size, size), None)
+    model.recompute = s.recompute
     kept = saved_bytes(model.train(), lambda: stage_losses(s, stage, model(pixels, tokens), batch, model.clip.grid)['loss']) if parameters else 0
-    return 4*sum(p.numel() for p in model.parameters()) + 3*4*sum(p.numel() for p in parameters) + kept*(s.batch if stage == 1 else s.batch2)
+    return 4*sum(p.numel() for p in model.parameters()) + 3*4*sum(p.numel() for p in parameters) + kept*(s.batch if stage == 1 else s.batch2)//s.accumulate
 
 def describe_run(s: Settings) -> str:
     "What a run would be, in text: shapes, numbers trained and frozen, memory of a step, steps. Needs no data and no trained weights."

@@ -44,6 +44,11 @@ def test_dry_run_leaves_out_what_the_rung_does_not_have():
     assert 'stage 1:' in text and 'stage 2:' not in text
 
 
+def test_dry_run_knows_how_memory_is_saved():
+    gib = lambda **k: float(next(line for line in describe_run(settings_of('refmojig', batch=320, **k)).splitlines() if line.startswith('stage 1:')).split(', ')[-1].split()[0])
+    assert gib(accumulate=4) < .5*gib() and gib(recompute=True) < .5*gib()
+
+
 def test_clip_alone_on_files_of_refcocog(tmp_path, monkeypatch, capsys):
     "The command that gives the number to hold against the slides' first, with random weights and pictures: B/16 itself, no training."
     rng = np.random.default_rng(0)
