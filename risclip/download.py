@@ -22,7 +22,7 @@ from pooch import HTTPDownloader
 from tqdm import tqdm
 
 from .model import written_whole
-from .refer import Refer, data_folder, images_folder
+from .refer import Refer, data_folder, images_folder, needs_turning
 
 # %% ../nbs/16_paper_scale.ipynb #735b5733
 _ORIGIN = 'https://bvisionweb1.cs.unc.edu/licheng/referit/data'
@@ -216,7 +216,7 @@ def picture_fault(file, size: tuple) -> str | None:
     "What is wrong with the file of a picture of `size` (H, W), None if nothing is."
     try:
         with Image.open(file) as picture:
-            found = picture.size[::-1]
+            found = tuple(size) if needs_turning(picture, size) else picture.size[::-1]
             picture.draft('L', (1, 1)); picture.load()
     except FileNotFoundError: return 'is not there'
     except Image.UnidentifiedImageError: return f'{_no_file_of_its_kind(file)}, not a picture'

@@ -51,10 +51,12 @@ def raw_patches(clip, pixels, values='last', residual=False, mlp=False):
     return clip.image.project(v)[:, 1:]
 
 @torch.no_grad()
-def raw_grounding(clip, pixels, tokens, values='last', residual=False, mlp=False):
+def raw_grounding(clip, pixels, tokens, values='last', residual=False, mlp=False, of=None):
     """CLIP's own map of each phrase: cosines [B, 1, h, w] of pixels [B, 3, S, S] and tokens [B, T].
-    The reading is that of `raw_patches`; its defaults are what measured best on RefMoji's train split."""
-    return cosine_map(raw_patches(clip, pixels, values, residual, mlp), clip.encode_text(tokens), clip.grid)
+    The reading is that of `raw_patches`; its defaults are what measured best on RefMoji's train split.
+    `of` [B]: which of the pixels [P, 3, S, S] each phrase is about, where a picture has several phrases; None: each its own."""
+    patches = raw_patches(clip, pixels, values, residual, mlp)
+    return cosine_map(patches if of is None else patches[of], clip.encode_text(tokens), clip.grid)
 
 # %% ../nbs/06_grounding.ipynb #f63587fe
 def mean_iou(prediction, truth):

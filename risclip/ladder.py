@@ -99,8 +99,9 @@ def rung_maps(model: RISCLIP, rungs):
     "-> predict(batch) -> {rung: scores [B, 1, ., .]}: the mask for `decoder`, the cosines of chapter 06 for `raw`, else the map."
     def predict(batch):
         "The maps of one batch."
-        if 'raw' in rungs: return dict(raw=raw_grounding(model.clip, batch.pixels, batch.tokens))
-        output = model(batch.pixels, batch.tokens)
+        pixels, of = batch.pictures_once()
+        if 'raw' in rungs: return dict(raw=raw_grounding(model.clip, pixels, batch.tokens, of=of))
+        output = model(pixels, batch.tokens, of)
         return {rung: (output.mask if rung == 'decoder' else output.grounding).sigmoid() for rung in rungs}
     return predict
 

@@ -124,13 +124,23 @@ class RISCLIP(nn.Module):
 
 # %% ../nbs/11_risclip.ipynb #5e7023dd
 @patch
-def walk(self: RISCLIP, pixels, tokens):
+def see(self: RISCLIP, pixels) -> list:
+    """What no phrase can reach: the tokens of pixels [P, 3, S, S], and what each image block before the first meeting of the towers makes of them
+    (all blocks, if they never meet); each [P, N, Dv]."""
+    seen = [self.clip.image.embed(pixels)]
+    for i in range(self.meetings[0][0] if self.meetings else len(self.clip.image.blocks)): seen.append(self.kept(self.image_block, i, seen[-1]))
+    return seen
+
+@patch
+def walk(self: RISCLIP, pixels, tokens, of=None, seen=None):
     """Both towers, block by block, to each meeting and from there to the next: pixels [B, 3, S, S], tokens [B, T] ->
-    the outputs of all image blocks (a list of [B, N, Dv]), and all tokens in the joint space, v [B, N, E] and t [B, T, E]."""
+    the outputs of all image blocks (a list of [B, N, Dv]), and all tokens in the joint space, v [B, N, E] and t [B, T, E].
+    of: [B], which of the pixels [P, 3, S, S] each phrase is about; None: each its own. seen: what `see(pixels)` gave; then pixels are not asked."""
     image, text = self.clip.image, self.clip.text
-    v, t = image.embed(pixels), text.embed(tokens)
+    seen = self.see(pixels) if seen is None else seen
+    v, *features = seen if of is None else [x[of] for x in seen]
+    v, t, k = features[-1] if features else v, text.embed(tokens), 0      # k: text blocks done
     pad, causal = text.pad_mask(tokens), text.attn_mask(tokens.shape[1])
-    features, k = [], 0                                        # what the image blocks gave; text blocks done
     end = len(image.blocks), len(text.blocks)
     for (next_i, next_k), cfe in zip([*self.meetings, end], [*self.cfe, None]):
         while len(features) < next_i: v = self.kept(self.image_block, len(features), v); features.append(v)
@@ -142,18 +152,19 @@ def walk(self: RISCLIP, pixels, tokens):
 
 # %% ../nbs/11_risclip.ipynb #08a832e9
 @patch
-def ground(self: RISCLIP, pixels: Tensor, tokens: Tensor):
-    "Up to the map: pixels [B, 3, S, S], token ids [B, T] -> the outputs of all image blocks, and the grounding's logits [B, 1, h, w]."
+def ground(self: RISCLIP, pixels: Tensor, tokens: Tensor, of=None, seen=None):
+    "Up to the map: pixels [B, 3, S, S], token ids [B, T] -> the outputs of all image blocks, and the grounding's logits [B, 1, h, w]. of, seen: see `walk`."
     tokens = tokens[:, :int(eos_position(tokens).max()) + 1]   # beyond the longest phrase is only padding
-    features, v, t = self.walk(pixels, tokens)
+    features, v, t = self.walk(pixels, tokens, of, seen)
     pad = self.clip.text.pad_mask(tokens)
     for ske in self.ske: v, t = self.kept(ske, v, t, pad)
     return features, self.calibration(cosine_map(v[:, 1:], self.clip.text.eos(t, tokens), self.clip.grid))
 
 @patch
-def forward(self: RISCLIP, pixels: Tensor, tokens: Tensor) -> Output:
-    "pixels [B, 3, S, S], normalised; token ids [B, T] -> logits of the grounding [B, 1, h, w] and of the mask [B, 1, S, S]."
-    features, grounding = self.ground(pixels, tokens)
+def forward(self: RISCLIP, pixels: Tensor, tokens: Tensor, of=None, seen=None) -> Output:
+    """pixels [B, 3, S, S], normalised; token ids [B, T] -> logits of the grounding [B, 1, h, w] and of the mask [B, 1, S, S].
+    of: [B], which of the pixels [P, 3, S, S] each phrase is about; None: each its own. seen: what `see(pixels)` gave; then pixels are not asked."""
+    features, grounding = self.ground(pixels, tokens, of, seen)
     if self.decoder is None: return Output(grounding, None)
     chosen = [features[i - 1][:, 1:].transpose(1, 2).unflatten(2, self.clip.grid) for i in self.settings.features]  # v1..v4 [B, Dv, h, w]
     return Output(grounding, self.decoder(chosen, grounding, self.clip.size))

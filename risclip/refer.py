@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_COUNTS', 'COCO_CATEGORIES', 'MARKS', 'data_folder', 'images_folder', 'read_refs', 'run_lengths',
-           'decode_mask', 'Expression', 'Refer', 'write_refer', 'Batch', 'resize_picture', 'resize_mask',
-           'ReferDataset']
+           'decode_mask', 'Expression', 'Refer', 'array_picture', 'to_rgb_picture', 'needs_turning', 'write_refer',
+           'JointRefer', 'Batch', 'resize_picture', 'resize_mask', 'ReferDataset']
 
 # %% ../nbs/01_refer.ipynb #990445af
 import hashlib, io, json, operator, os, pickle, random, re, tempfile, warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from fastcore.basics import patch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pycocotools import mask as coco_mask
 from torch.utils.data import Dataset
 
@@ -248,6 +248,34 @@ def expressions(self:Refer, split) -> list:
     "Every expression of the split, ordered by ref_id and sent_id."
     return [e for expressions in self.objects(split) for e in expressions]
 
+# %% ../nbs/01_refer.ipynb #e005c438
+def array_picture(a: np.ndarray) -> Image.Image:
+    "A PIL picture of an array: [H, W, 3], [H, W, 4] (the last is opacity) or [H, W] (grey); uint8, or floats in 0..1. ValueError: anything else."
+    if a.size == 0 or not (a.ndim == 2 or (a.ndim == 3 and a.shape[2] in (3, 4))):
+        raise ValueError(f'the array is {list(a.shape)}: give [H, W, 3], [H, W, 4] with opacity, or [H, W] for grey')
+    if a.dtype.kind == 'f':
+        if not (a.min() >= 0 and a.max() <= 1):                   # false for nan, too
+            raise ValueError(f'the array holds floats from {a.min():g} to {a.max():g}: scale them to 0..1, or give uint8')
+        a = (255*a).round().astype(np.uint8)
+    if a.dtype != np.uint8: raise ValueError(f'the array holds {a.dtype}: give uint8 in 0..255, or floats in 0..1')
+    return Image.fromarray(np.ascontiguousarray(a))
+
+def to_rgb_picture(picture: Image.Image) -> Image.Image:
+    "RGB, 8 bits. 16-bit grey is scaled, what is transparent is laid on white. ValueError: float pixels outside 0..1."
+    if picture.mode == 'F': return array_picture(np.asarray(picture)).convert('RGB')
+    if picture.mode.startswith('I'):                              # 16 bits, in some versions of Pillow stored as 32
+        return Image.fromarray((np.asarray(picture).clip(0, 65535)/257).round().astype(np.uint8)).convert('RGB')
+    if 'A' in picture.getbands() or 'transparency' in picture.info:
+        over = picture.convert('RGBA')
+        picture = Image.alpha_composite(Image.new('RGBA', over.size, 'white'), over)
+    return picture.convert('RGB')
+
+# %% ../nbs/01_refer.ipynb #c0a8457c
+def needs_turning(picture: Image.Image, size) -> bool:
+    "Is the picture stored on its side, with a note (EXIF) to turn it, so that only then it has `size` (H, W)?"
+    h, w = size
+    return h != w and picture.size == (h, w) and picture.getexif().get(0x0112, 1) >= 5     # PIL's size is (width, height); notes 5 to 8 swap the two
+
 # %% ../nbs/01_refer.ipynb #ea13e4c9
 @patch
 def size(self:Refer, image_id) -> tuple:
@@ -256,12 +284,14 @@ def size(self:Refer, image_id) -> tuple:
 
 @patch
 def picture(self:Refer, image_id) -> Image.Image:
-    "The picture, RGB. Its file is named by instances.json: the ref's `file_name` ends in the object's number and names no file."
+    """The picture, RGB, the way up on which its masks were drawn. Its file is named by instances.json: the ref's `file_name` ends in the object's
+    number and names no file. Raises FileNotFoundError, OSError (not a picture, or torn) and ValueError (another size than stated), naming the file."""
     file = self.images/self.pictures[image_id]['file_name']
-    try: picture = Image.open(file).convert('RGB')
+    try:
+        with Image.open(file) as stored: picture = to_rgb_picture(ImageOps.exif_transpose(stored) if needs_turning(stored, self.size(image_id)) else stored)
     except FileNotFoundError as e:
         raise FileNotFoundError(f'{file} is not there. Say images= the folder of the pictures of {self.name}. {self._remedy()}') from e
-    except OSError as e: raise OSError(f'{file} cannot be read as a picture: {e}') from e
+    except Exception as e: raise OSError(f'{file} cannot be read as a picture: {e}') from e
     if picture.size[::-1] != self.size(image_id):
         raise ValueError(f'{file} is {picture.size[::-1]}, {self.instances_file} says {self.size(image_id)} (height, width)')
     return picture
@@ -336,8 +366,8 @@ def _encoded(picture, suffix=None):
     if isinstance(picture, (str, Path)): content, suffix = Path(picture).read_bytes(), suffix or Path(picture).suffix
     elif isinstance(picture, bytes): content = picture
     else:
-        if not isinstance(picture, Image.Image): picture = Image.fromarray(np.asarray(picture))
-        picture.convert('RGB').save(out := io.BytesIO(), 'PNG')
+        if not isinstance(picture, Image.Image): picture = array_picture(np.asarray(picture))
+        to_rgb_picture(picture).save(out := io.BytesIO(), 'PNG')
         return out.getvalue(), '.png', picture.size[::-1]
     try: opened = Image.open(io.BytesIO(content))
     except UnidentifiedImageError:
@@ -404,7 +434,7 @@ def add_thing(self:_Writer, thing, image, split):
 def write_refer(root, name, split_by, examples, images=None, overwrite=False) -> Path:
     """Write pictures, masks and phrases as RefCOCO's files, which `Refer(name, split_by, root, images)` reads; returns their folder.
 
-    `examples`: an iterable of dict(picture, split, objects, [image_id, suffix, extra]). `picture`: a PIL picture, uint8 [H,W,3], the
+    `examples`: an iterable of dict(picture, split, objects, [image_id, suffix, extra]). `picture`: a PIL picture, an array (`array_picture`), the
     bytes of a file, or a path (not copied if it lies in `images`). An object: dict(mask, category, [expressions, hidden, cut, blurred,
     ann_id, extra]); mask: bool [H,W], polygons or run lengths; an expression: a str, or dict(sent=, [raw=, kind=, ...]).
     Raises ValueError naming the example; nothing but pictures is written before the last example was right."""
@@ -430,6 +460,40 @@ def write_refer(root, name, split_by, examples, images=None, overwrite=False) ->
         new.rename(folder)
     return folder
 
+# %% ../nbs/01_refer.ipynb #a8462fcf
+class JointRefer:
+    """The `train` split of several sets as one, less every picture that another split of any of them holds; for training only.
+    `dropped`: how many objects went with such pictures. An object that several sets describe stands there once for each.
+    ValueError: fewer than two sets, or one of them twice."""
+    def __init__(self, refers):
+        self.refers, n = list(refers), len(refers)
+        names = [f'{r.name} ({r.split_by})' for r in self.refers]
+        if n < 2 or len(set(names)) < n: raise ValueError(f'sets to join: at least two, each once; got {", ".join(names) or "none"}')
+        file = lambda r, image_id: (r.images.resolve(), r.pictures[image_id]['file_name'])
+        held = {file(r, o[0].image_id) for r in self.refers for split in r.splits if split != 'train' for o in r.objects(split)}
+        known = [(k, r, o) for k, r in enumerate(self.refers) for o in r.objects('train')]
+        kept = [(k, o) for k, r, o in known if file(r, o[0].image_id) not in held]
+        if not kept: raise ValueError(f'every train picture of {", ".join(names)} is in another split of one of them: nothing is left to train on')
+        self.dropped = len(known) - len(kept)
+        anew = lambda k, e: replace(e, **{name: n*getattr(e, name) + k for name in ('sent_id', 'ref_id', 'ann_id', 'image_id')})
+        self._objects = [[anew(k, e) for e in o] for k, o in kept]
+
+    def __repr__(self):
+        return f'JointRefer({", ".join(f"{r.name} {r.split_by}" for r in self.refers)}): train {len(self._objects)} objects, {self.dropped} dropped'
+
+    def expressions(self, split='train') -> list:
+        "Every expression that is left, set after set. ValueError for another split than `train`."
+        if split != 'train': raise ValueError(f'sets are joined for training only: ask one of them for {split!r}')
+        return [e for o in self._objects for e in o]
+
+    def picture(self, image_id) -> Image.Image:
+        "See `Refer.picture`."
+        return self.refers[image_id % len(self.refers)].picture(image_id//len(self.refers))
+
+    def mask(self, ann_id) -> np.ndarray:
+        "See `Refer.mask`."
+        return self.refers[ann_id % len(self.refers)].mask(ann_id//len(self.refers))
+
 # %% ../nbs/01_refer.ipynb #cab9805d
 class Batch(NamedTuple):
     "What the model and the loss see. An item of the data set is the same without B."
@@ -437,6 +501,13 @@ class Batch(NamedTuple):
     tokens: torch.Tensor  # [B,T] long
     mask: torch.Tensor    # [B,1,S,S] float, 0 or 1
     index: torch.Tensor   # [B] long, the row in the data set
+    image_id: torch.Tensor = None   # [B] long, which picture it is
+
+    def pictures_once(self):
+        "Each picture once, pixels [P,3,S,S], and for each phrase which of them is its own, [B] long."
+        known, of = self.image_id.unique(return_inverse=True)
+        first = (of == torch.arange(len(known), device=of.device)[:, None]).int().argmax(1)   # [P], the first row of each picture
+        return self.pixels[first], of
 
 # %% ../nbs/01_refer.ipynb #a40ca7f4
 def resize_picture(picture, size) -> np.ndarray:
@@ -453,8 +524,8 @@ class ReferDataset(Dataset):
     """Items of a split: in training one an object, its sentence drawn anew each epoch; in evaluation every expression.
 
     `tokenize(list of n str) -> long [n,T]`; `mean`, `std`: three numbers each, of the backbone. `expressions` takes a part of
-    the split. `cache` keeps the resized pictures in memory (3*S*S bytes each; each worker process keeps its own)."""
-    def __init__(self, refer, split, size, tokenize, mean, std, train=False, seed=0, expressions=None, cache=True):
+    the split. `cache`: so many resized pictures stay in memory, the last ones (3*S*S bytes each; each worker process keeps its own); None: all."""
+    def __init__(self, refer, split, size, tokenize, mean, std, train=False, seed=0, expressions=None, cache=None):
         self.refer, self.split, self.size, self.tokenize, self.train, self.seed = refer, split, size, tokenize, train, seed
         self.mean, self.std = (torch.tensor(m, dtype=torch.float32).view(3, 1, 1) for m in (mean, std))
         rows = refer.expressions(split) if expressions is None else list(expressions)
@@ -462,7 +533,7 @@ class ReferDataset(Dataset):
         for e in rows: objects.setdefault(e.ref_id, []).append(e)
         self._rows = list(objects.values()) if train else [[e] for e in rows]
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # so that living worker processes see set_epoch
-        self._drawn, self._cache = (None, None), {} if cache else None
+        self._drawn, self._cache, self._most = (None, None), {}, cache
 
     def __len__(self): return len(self._rows)
     def set_epoch(self, epoch):
@@ -486,14 +557,14 @@ class ReferDataset(Dataset):
 @patch
 def pixels(self:ReferDataset, image_id) -> torch.Tensor:
     "float [3,S,S]: one picture, resized and normalised."
-    small = self._cache.get(image_id) if self._cache is not None else None
-    if small is None:
+    if image_id not in self._cache:
         small = resize_picture(self.refer.picture(image_id), self.size)
-        if self._cache is not None: self._cache[image_id] = small
-    return (torch.from_numpy(small).float()/255 - self.mean)/self.std
+        while self._most and len(self._cache) >= self._most: del self._cache[next(iter(self._cache))]     # the oldest
+        self._cache[image_id] = small
+    return (torch.from_numpy(self._cache[image_id]).float()/255 - self.mean)/self.std
 
 @patch
 def __getitem__(self:ReferDataset, row) -> Batch:
     e = self.expression(row)
     mask = torch.from_numpy(resize_mask(self.refer.mask(e.ann_id), self.size))[None].float()
-    return Batch(self.pixels(e.image_id), self.tokenize([e.text])[0], mask, torch.tensor(row))
+    return Batch(self.pixels(e.image_id), self.tokenize([e.text])[0], mask, torch.tensor(row), torch.tensor(e.image_id))

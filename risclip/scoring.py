@@ -138,7 +138,8 @@ def _above_threshold(found, n, thresholds):
 # %% ../nbs/03_scoring.ipynb #97cfce40
 @torch.no_grad()
 def evaluate(predict, dataset, batch_size=64, thresholds=.5, protocol='own', progress=False, device='cpu', workers=0, look=None):
-    """Score every expression of `dataset` once, each against its own mask. Returns `{name: Scores}`.
+    """Score every expression of `dataset` once, each against its own mask. Returns `{name: Scores}`, rows in the data set's order.
+    The expressions of a picture are asked for together, so that `predict` may share what does not depend on the phrase (`Batch.pictures_once`).
     `predict(Batch) -> {name: scores [B,1,h,w]}`, of any h and w; a name may be 'raw', 'grounding', 'mask', ...
     `thresholds`: a pixel is predicted where its score >= threshold; a float, or one for each name.
     `protocol`: 'own', at the picture's own size; 'lavt', map and truth at 480 x 480 (github.com/yz93/LAVT-RIS).
@@ -148,7 +149,8 @@ def evaluate(predict, dataset, batch_size=64, thresholds=.5, protocol='own', pro
     if getattr(dataset, 'train', False): raise ValueError('this is a training set, one sentence an object: make it with train=False')
     results, expressions = {}, dataset.expressions
     if not expressions: raise ValueError('nothing to evaluate: the data set has no expression')
-    loader = DataLoader(dataset, batch_size, num_workers=workers, generator=torch.Generator())
+    order = sorted(range(len(expressions)), key=lambda row: expressions[row].image_id)
+    loader = DataLoader(dataset, batch_sampler=[order[i:i + batch_size] for i in range(0, len(order), batch_size)], num_workers=workers, generator=torch.Generator())
     for batch in tqdm(loader, disable=not progress):
         batch = Batch(*(x.to(device) for x in batch))
         rows = batch.index.tolist()
@@ -159,11 +161,11 @@ def evaluate(predict, dataset, batch_size=64, thresholds=.5, protocol='own', pro
             if protocol == 'lavt': truth = truth_at(truth, (480, 480))
             for name, above in found.items():
                 full = to_size(above[i:i + 1], truth.shape)[0, 0].cpu().numpy()              # [H, W]
-                results.setdefault(name, Scores()).add(full >= 0, truth, e.kind, e.length)
+                results.setdefault(name, {})[row] = Row(*intersection_and_union(full >= 0, truth), e.kind, e.length)
                 if look: look(name, full, e)
-    missed = {name: scores.n for name, scores in results.items() if scores.n != len(expressions)}
+    missed = {name: len(rows) for name, rows in results.items() if len(rows) != len(expressions)}
     if missed: raise ValueError(f'of {len(expressions)} expressions only some have a map: {missed}')
-    return results
+    return {name: Scores(rows=[rows[row] for row in range(len(expressions))]) for name, rows in results.items()}
 
 # %% ../nbs/03_scoring.ipynb #0859d978
 def _checked_target(logits, target):

@@ -202,6 +202,12 @@ def test_pictures_of_every_kind_pass(tmp_path, mode):
     Image.new(mode, (40, 30)).save(tmp_path/'a.jpg')
     assert picture_fault(tmp_path/'a.jpg', (30, 40)) is None
 
+def test_a_picture_with_a_note_to_turn_it(tmp_path):
+    note = Image.Exif(); note[0x0112] = 8
+    Image.new('RGB', (40, 30)).save(tmp_path/'a.jpg', exif=note)
+    assert picture_fault(tmp_path/'a.jpg', (30, 40)) is None and picture_fault(tmp_path/'a.jpg', (40, 30)) is None
+    assert picture_fault(tmp_path/'a.jpg', (41, 30)) == 'is 30 x 40 instead of 41 x 30 (height x width)'
+
 def test_a_picture_name_that_leads_elsewhere(made, tmp_path):
     shutil.copytree(made/'refcoco', tmp_path/'refcoco')
     file = tmp_path/'refcoco'/'instances.json'

@@ -57,6 +57,24 @@ def test_whole_numbers_are_taken_for_fractions(): assert ModelSettings(bias=-2, 
 
 
 @pytest.mark.parametrize('rung', RUNGS)
+@pytest.mark.parametrize('cfe_layers', [None, 'last half'])
+def test_a_picture_is_seen_once_for_all_its_phrases(clip, rung, cfe_layers):
+    "The same answers as one picture a phrase, and fewer blocks computed: none of those that no phrase can reach is computed twice."
+    model, (pixels, tokens), of = build(clip, rung, awake=True, cfe_layers=cfe_layers), inputs(clip), torch.tensor([1, 0, 1, 1])
+    tokens, count = tokens[[0, 1, 1, 0]], []
+    hooks = [b.resblock.ln_2.register_forward_hook(lambda m, x, y: count.append(len(y))) for b in clip.image.blocks]
+    with torch.no_grad(): shared = model(pixels, tokens, of)
+    n, blocks = sum(count), len(clip.image.blocks)
+    with torch.no_grad(): seen = model.see(pixels); kept = model(None, tokens, of, seen); plain = model(pixels[of], tokens)
+    for h in hooks: h.remove()
+    for out in (shared, kept):
+        torch.testing.assert_close(out.grounding, plain.grounding, atol=1e-5, rtol=1e-5)
+        if plain.mask is not None: torch.testing.assert_close(out.mask, plain.mask, atol=1e-5, rtol=1e-5)
+    free = blocks if RUNGS.index(rung) < RUNGS.index('cfe') else 2 if cfe_layers else 0
+    assert n == 2*free + 4*(blocks - free) and len(seen) == 1 + free
+
+
+@pytest.mark.parametrize('rung', RUNGS)
 @pytest.mark.parametrize('values', ['none', 'last', 'every', 'raw'])
 def test_untrained_is_raw_clip(clip, rung, values):
     pixels, tokens = inputs(clip)

@@ -7,7 +7,7 @@ from torch import nn
 import risclip.predictor
 from risclip.clip import load_clip
 from risclip.model import RISCLIP, RUNGS, ModelSettings, load_risclip
-from risclip.predictor import (LEAST_GROUND, Predictor, array_picture, box_of, find_model, ground_share, outline, overlay, pick_device, read_picture,
+from risclip.predictor import (LEAST_GROUND, Predictor, box_of, find_model, ground_share, outline, overlay, pick_device, read_picture,
                                risclip_segment, segment, slug, stored_threshold)
 from risclip.refer import Refer, ReferDataset, decode_mask
 from risclip.refmoji import GROUNDS, ground, refmoji_folder

@@ -11,7 +11,7 @@ from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 
 import risclip.refer as refer_module
-from risclip.refer import (COCO_CATEGORIES, PUBLISHED_COUNTS, Batch, Expression, Refer, ReferDataset, data_folder, decode_mask,
+from risclip.refer import (COCO_CATEGORIES, PUBLISHED_COUNTS, Batch, Expression, JointRefer, Refer, ReferDataset, data_folder, decode_mask,
                            images_folder, read_refs, resize_mask, resize_picture, run_lengths, write_refer)
 
 # ---------------------------------------------------------------- pickles as Python 2 wrote them
@@ -397,6 +397,73 @@ def test_pictures_come_as_rgb(tmp_path, mode):
     Image.new(mode, (12, 10)).save(r.images/'000001.png', 'JPEG' if mode == 'CMYK' else 'PNG')
     assert r.picture(1).mode == 'RGB'
 
+def test_colours_of_other_modes(tmp_path):
+    "Sixteen bits of grey keep their shades, four inks their colour, and what is transparent is white."
+    r = by_hand(tmp_path, [a_ref()], size=(2, 3))()
+    file, shades = r.images/'000001.png', np.array([[0, 100, 200], [257*64, 257*128, 65535]], np.uint16)
+    Image.fromarray(shades).save(file)
+    assert np.asarray(r.picture(1))[..., 0].tolist() == [[0, 0, 1], [64, 128, 255]]
+    Image.new('CMYK', (3, 2), (0, 255, 255, 0)).save(file, 'TIFF')
+    assert r.picture(1).getpixel((1, 1)) == (255, 0, 0)
+    Image.new('RGBA', (3, 2), (255, 0, 0, 0)).save(file)
+    assert r.picture(1).getpixel((0, 0)) == (255, 255, 255)
+    Image.new('F', (3, 2), 7.).save(file, 'TIFF')
+    with pytest.raises(OSError, match=r'000001.png cannot be read as a picture: the array holds floats from 7 to 7'): r.picture(1)
+
+@pytest.mark.parametrize('note', range(1, 9))
+def test_exif_rotation(tmp_path, note):
+    "The stated size says on which way up the masks were drawn: a note to turn the picture is followed if it fits only then."
+    upright = np.zeros((10, 12, 3), np.uint8); upright[:4, :6] = 255, 0, 0
+    back = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[note]         # Pillow's transpositions that undo the note's (FLIP_LEFT_RIGHT is 0)
+    exif = Image.Exif(); exif[0x0112] = note
+    stored = Image.fromarray(upright) if back is None else Image.fromarray(upright).transpose(Image.Transpose(back))
+    r = by_hand(tmp_path, [a_ref()], size=(10, 12))()
+    stored.save(r.images/'000001.png', exif=exif)
+    found = np.asarray(r.picture(1))
+    assert (found == (upright if note >= 5 else np.asarray(stored))).all()   # notes 2 to 4 keep the size: as stored
+    r = by_hand(tmp_path/'other', [a_ref()], size=stored.size[::-1])()       # the masks were drawn on what is stored
+    stored.save(r.images/'000001.png', exif=exif)
+    assert (np.asarray(r.picture(1)) == np.asarray(stored)).all()
+
+def test_a_picture_of_another_size_is_refused_whatever_its_note(tmp_path):
+    exif = Image.Exif(); exif[0x0112] = 6
+    r = by_hand(tmp_path, [a_ref()], size=(10, 12))()
+    for size in ((10, 11), (13, 12)):
+        Image.new('RGB', size).save(r.images/'000001.png', exif=exif)
+        with pytest.raises(ValueError, match='says .10, 12. .height, width.'): r.picture(1)
+
+# ---------------------------------------------------------------- several sets as one
+
+def pictures_and_sets(root):
+    "Three sets over eight pictures of one folder, with the same ref_ids and other splits: as RefCOCO, + and g."
+    where = root/'images'
+    splits = dict(a=('unc', {1: 'train', 2: 'train', 3: 'train', 4: 'val', 5: 'testA'}),
+                  b=('unc', {1: 'train', 2: 'testB', 6: 'train', 4: 'train'}), c=('umd', {3: 'val', 6: 'train', 7: 'train', 8: 'test'}))
+    sets = []
+    for name, (split_by, of) in splits.items():
+        refs = [a_ref(i, i, i, split, sents=(f'{name} {i} one', f'{name} {i} two')) for i, split in of.items()]
+        sets.append(by_hand(root, refs, name=name, split_by=split_by, images=where)(images=where))
+    return sets
+
+def test_joined_sets_drop_what_any_of_them_holds_back(tmp_path):
+    joint = JointRefer(pictures_and_sets(tmp_path))
+    assert sorted({e.text[:3] for e in joint.expressions()}) == ['a 1', 'b 1', 'b 6', 'c 6', 'c 7'] and joint.dropped == 3   # a 2, a 3, b 4
+    rows = ReferDataset(joint, 'train', 8, lambda texts: torch.zeros(len(texts), 4, dtype=torch.long), MEAN, STD, train=True)
+    assert len(rows) == 5                                       # an object each, though two sets have a ref 1 and a ref 6
+    for row in range(5):
+        e, image = rows.expressions[row], int(rows.expressions[row].text.split()[1])
+        assert joint.picture(e.image_id).getpixel((0, 0)) == (image, 90, 30) and joint.mask(e.ann_id).sum() == 12
+        assert rows[row].image_id == e.image_id
+    with pytest.raises(ValueError, match="for training only: ask one of them for 'val'"): joint.expressions('val')
+
+def test_what_cannot_be_joined(tmp_path):
+    a, b, c = pictures_and_sets(tmp_path)
+    with pytest.raises(ValueError, match='at least two, each once; got a .unc.$'): JointRefer([a])
+    with pytest.raises(ValueError, match='each once; got a .unc., a .unc.'): JointRefer([a, a])
+    refs = [a_ref(i, i, i, 'test') for i in (1, 2, 3)] + [a_ref(4, 4, 4)]
+    everything = by_hand(tmp_path, refs, name='d', images=a.images)(images=a.images)
+    with pytest.raises(ValueError, match='nothing is left to train on'): JointRefer([a, everything])
+
 def test_folders(tmp_path, monkeypatch):
     for name in ('refcoco', 'refcoco+', 'refcocog'): assert images_folder(tmp_path, name) == tmp_path/'images/mscoco/images/train2014'
     for name in ('refmoji', 'refmoji+', 'refmojig'): assert images_folder(tmp_path, name) == tmp_path/'images/refmoji'
@@ -597,7 +664,7 @@ def wrong(**change):
     (wrong(expressions=[dict(sent='a', note=np.zeros(2))]), 'ndarray'),
     (wrong(expresions=['a dog']), 'expresions'),
     (scene(1, picture=b'no picture'), 'Pillow'),
-    (scene(1, picture=np.zeros((20, 30, 3))), 'data type'),
+    (scene(1, picture=np.full((20, 30, 3), 255.)), 'floats from 255'), (scene(1, picture=np.zeros((20, 30, 3), int)), 'give uint8'),
     (scene(1, split=''), 'split'), (scene(1, split=None), 'split'), (scene(1, spilt='train'), 'spilt'),
     (scene(1, image_id='one'), 'str'), (scene(1, image_id=1), 'image_id 1'),
     ({k: v for k, v in scene(1).items() if k != 'split'}, "'split' is missing"),
@@ -660,9 +727,9 @@ def test_evaluation_has_every_expression(small):
     assert d.expressions == small.expressions('val') and len(d) == 6
     item = d[2]
     assert isinstance(item, Batch)
-    assert [tuple(x.shape) for x in item] == [(3, 16, 16), (6,), (1, 16, 16), ()]
-    assert [x.dtype for x in item] == [torch.float32, torch.int64, torch.float32, torch.int64]
-    assert set(item.mask.unique().tolist()) <= {0., 1.} and item.index == 2
+    assert [tuple(x.shape) for x in item] == [(3, 16, 16), (6,), (1, 16, 16), (), ()]
+    assert [x.dtype for x in item] == [torch.float32, torch.int64, torch.float32, torch.int64, torch.int64]
+    assert set(item.mask.unique().tolist()) <= {0., 1.} and item.index == 2 and item.image_id == 7
     torch.testing.assert_close(item.tokens, tokenize([d.expressions[2].text])[0])
     picture = np.asarray(small.picture(7).resize((16, 16), Image.Resampling.BICUBIC))
     expected = (torch.tensor(picture).permute(2, 0, 1)/255 - torch.tensor(MEAN)[:, None, None])/torch.tensor(STD)[:, None, None]
@@ -715,12 +782,19 @@ def test_cache_changes_nothing_but_the_reading(small, monkeypatch):
     read = []
     picture = Refer.picture
     monkeypatch.setattr(Refer, 'picture', lambda self, i: (read.append(i), picture(self, i))[1])
-    cached, fresh = (ReferDataset(small, 'val', 16, tokenize, MEAN, STD, cache=c) for c in (True, False))
+    expressions = small.expressions('train')                     # five for each of six pictures
+    all_kept, last_kept = (ReferDataset(small, 'train', 16, tokenize, MEAN, STD, cache=c) for c in (None, 2))
     for _ in range(2):
-        for row in range(len(cached)): torch.testing.assert_close(cached[row].pixels, fresh[row].pixels)
-    assert len(read) == 1 + 2*len(fresh)
-    first = cached[0].pixels.clone(); cached[0].pixels.zero_()
-    torch.testing.assert_close(cached[0].pixels, first)  # who writes into an item does not write into the cache
+        for row in range(len(expressions)): torch.testing.assert_close(all_kept[row].pixels, last_kept[row].pixels)
+    assert len(read) == 6 + 2*6 and len(last_kept._cache) == 2   # phrases of a picture that come together read it once
+    first = all_kept[0].pixels.clone(); all_kept[0].pixels.zero_()
+    torch.testing.assert_close(all_kept[0].pixels, first)  # who writes into an item does not write into the cache
+
+def test_pictures_once(small):
+    rows = ReferDataset(small, 'train', 16, tokenize, MEAN, STD)
+    batch = next(iter(DataLoader(rows, batch_sampler=[[7, 0, 6, 1, 29]])))
+    pixels, of = batch.pictures_once()
+    assert len(pixels) == 3 and torch.equal(pixels[of], batch.pixels)
 
 def test_resize_mask():
     mask = np.zeros((40, 40), bool); mask[:20, :21] = True

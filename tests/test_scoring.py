@@ -381,6 +381,18 @@ def test_every_sentence_is_scored_once_whatever_the_batch(data):
     assert {r.kind for r in first} == {'place', 'relation', 'appearance'} and {r.length for r in first} == {1, 2, 7}
 
 
+def test_the_phrases_of_a_picture_come_together(refer):
+    "Whatever the order of the data set: each picture is met in one stretch, and the rows are in the data set's order."
+    mixed = [refer.expressions('val')[i] for i in (10, 0, 6, 3, 9, 1, 7, 2, 8, 4, 5)]
+    data, seen = dataset(refer, expressions=mixed), []
+    def predict(b):
+        seen.extend(b.image_id.tolist()); return {'mask': b.mask}
+    rows = evaluate(predict, data, batch_size=4)['mask'].rows
+    assert seen == sorted(e.image_id for e in mixed) and [(r.kind, r.length) for r in rows] == [(e.kind, e.length) for e in mixed]
+    in_order = evaluate(predict, dataset(refer), batch_size=4)['mask'].rows
+    assert rows == [in_order[i] for i in (10, 0, 6, 3, 9, 1, 7, 2, 8, 4, 5)]
+
+
 def test_each_expression_meets_its_own_mask(data):
     "One map differs from row to row; only its own truth fits."
     found = evaluate(lambda b: {'mask': b.mask}, data, batch_size=3)['mask']

@@ -344,7 +344,7 @@ def test_names_are_checked():
     assert given_names(before, before | dict(table=5)) == dict(table=5)
 
 
-@pytest.mark.parametrize('wrong', [dict(batch=0), dict(save_every=0), dict(stage1_steps=-1), dict(label='mean'), dict(stages=3), dict(precision='fp16'), dict(lr1='1e-3'), dict(seed=1.5),
+@pytest.mark.parametrize('wrong', [dict(batch=0), dict(save_every=0), dict(stage1_steps=-1), dict(label='mean'), dict(stages=3), dict(precision='fp16'), dict(lr1='1e-3'), dict(seed=1.5), dict(also='refcoco'),
                                    dict(batch2=0), dict(test_limit=0), dict(test_limit=-3), dict(warmup=-1), dict(workers=-1), dict(features='[1, 2, 3, 4]'), dict(features=(1.5,))])
 def test_values_are_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))): settings_of('smoke', **wrong)
@@ -449,6 +449,29 @@ def test_two_processes_are_one(smoke, finished, root, tmp_path):
     alone = training.report(*training.score(load_risclip(tmp_path/'two'), eleven, refer_of(eleven), thresholds=metrics['thresholds'], progress=False))
     assert metrics['expressions'] == 11 and metrics == alone
     assert (tmp_path/'two'/'history.csv').read_text().count('\n') == 13
+
+def test_shares_of_the_scoring(clip, smoke):
+    "Every expression in one share, all phrases of a picture in the same one."
+    expressions = refer_of(smoke).expressions('test')
+    for n in (1, 2, 3, 7):
+        rows = training.shared_out(expressions, n)
+        assert sorted(row for mine in rows for row in mine) == list(range(len(expressions)))
+        images = [{expressions[row].image_id for row in mine} for mine in rows]
+        assert all(not (a & b) for i, a in enumerate(images) for b in images[:i])
+    with pytest.raises(ValueError, match='1 pictures cannot be scored by 2 processes'): training.shared_out(expressions[:1], 2)
+
+def test_several_sets(smoke, clip, tmp_path, capsys):
+    "A run on two sets takes its objects from both, is scored on its own alone, and the command knows the option."
+    both = replace(smoke, also=('refmoji/unc',), rung='calibrated', stage1_steps=2, test_limit=4)
+    known = training.trained_on(both, refer_of(both))
+    objects = training.dataset_of(both, known, 'train', clip, train=True)
+    alone = [len(training.dataset_of(both, training.open_refer(name, None, both.root), 'train', clip, train=True)) for name in ('refmojig', 'refmoji')]
+    assert len(objects) + known.dropped == sum(alone)
+    assert train(both, tmp_path/'run', progress=False)['expressions'] == 4
+    assert 'JointRefer(refmojig umd, refmoji unc)' in capsys.readouterr().out
+    assert json.loads((tmp_path/'run'/'config.json').read_text())['settings']['also'] == ['refmoji/unc']
+    training.risclip_train('smoke', also='refmoji/unc,refmoji+', dry_run=True)
+    assert 'refmojig + refmoji/unc + refmoji+' in capsys.readouterr().out
 
 def test_a_killed_process_ends_the_run(smoke, finished, root, tmp_path):
     "With an error, not a hang; and one process alone takes the run to its end."
