@@ -7,9 +7,9 @@ __all__ = ['MINIATURE', 'PRESETS', 'BACKBONES', 'COLUMNS', 'TABLE', 'names_of_se
            'settings_of', 'given_names', 'settings_in', 'open_refer', 'refer_of', 'trained_on', 'chosen', 'dataset_of',
            'patch_label', 'losses', 'together', 'stage_losses', 'shares', 'batches', 'runs_folder', 'room_for',
            'check_folder', 'versions', 'git_commit', 'filled', 'Run', 'read_history', 'bar_of', 'step_losses', 'fit',
-           'train_stages', 'maps_of', 'choose_thresholds', 'shared_out', 'all_rows', 'score', 'report', 'table',
-           'train', 'draw_history', 'draw_predictions', 'saved_bytes', 'step_memory', 'describe_run', 'run_folder',
-           'risclip_train', 'risclip_evaluate']
+           'train_stages', 'maps_of', 'choose_thresholds', 'shared_out', 'all_rows', 'score', 'report', 'measure',
+           'table', 'train', 'draw_history', 'draw_predictions', 'saved_bytes', 'step_memory', 'describe_run',
+           'run_folder', 'risclip_train', 'risclip_evaluate']
 
 # %% ../nbs/12_training.ipynb #e64f9c7a
 import csv, difflib, errno, io, json, math, os, platform, shutil, subprocess, sys, tempfile
@@ -145,12 +145,12 @@ def given_names(
     return {name: value for name, value in after.items() if not name.startswith('_') and value is not before
             and not (name in before and before[name] is value)}
 
-def settings_in(before: dict, after: dict):
-    "The settings that a notebook's parameters name, and the folder (or None). Raises ValueError for a name that is no setting, naming the nearest one."
+def settings_in(before: dict, after: dict, own=('folder',)) -> tuple:
+    "The settings that a notebook's parameters name, then the values of those of its `own`. Raises ValueError for a name that is neither, naming the nearest one."
     given = given_names(before, after)
-    check_names(given, ['preset', 'folder', *(f.name for f in fields(Settings))])
-    preset, folder = given.pop('preset'), given.pop('folder')
-    return settings_of(preset, **given), folder
+    check_names(given, ['preset', *own, *(f.name for f in fields(Settings))])
+    preset, *rest = (given.pop(name) for name in ('preset', *own))
+    return settings_of(preset, **given), *rest
 
 # %% ../nbs/12_training.ipynb #68364299
 def open_refer(name: str, split_by: str | None, root) -> Refer:
@@ -484,11 +484,15 @@ def score(model: RISCLIP, s: Settings, refer: Refer, split=None, protocol='own',
     return {name: all_rows(found, rows) for name, found in scores.items()} if n > 1 else scores, thresholds
 
 def report(scores: dict, thresholds: dict) -> dict:
-    "What metrics.json holds: {raw, grounding, mask: percent}, by kind, the thresholds, and how many expressions were scored."
+    "{raw, grounding, mask: percent}, by kind, the thresholds, and how many expressions were scored."
     rounded = lambda numbers: {name: round(v, 4) for name, v in numbers.items()}
     numbers = {name: rounded({k: v for k, v in sc.compute().items() if k != 'n'}) for name, sc in scores.items()}
     kinds = {name: {kind: rounded(row) for kind, row in sc.by_kind().items()} for name, sc in scores.items()}
     return numbers | dict(kinds=kinds, thresholds=thresholds, expressions=next(iter(scores.values())).n)
+
+def measure(model: RISCLIP, s: Settings, refer: Refer, protocol='own', **how) -> dict:
+    "What metrics.json holds: the `report` of what `score` finds on the settings' split, and what was scored, under which protocol."
+    return report(*score(model, s, refer, protocol=protocol, **how)) | dict(data=s.data, split=s.test, protocol=protocol)
 
 # %% ../nbs/12_training.ipynb #f53e0bd8
 TABLE = dict(miou='mIoU', oiou='oIoU', p50='P@0.5', p60='P@0.6', p70='P@0.7', p80='P@0.8', p90='P@0.9')
@@ -521,7 +525,7 @@ def train(
         if s.also and main: print(known)
         model = train_stages(run, dataset_of(s, known, 'train', clip, train=True), clip, accelerator)
         if main: model.save(run.folder/'model')
-        metrics = report(*score(model, s, refer, device=accelerator.device, progress=run.progress, part=part))
+        metrics = measure(model, s, refer, device=accelerator.device, progress=run.progress, part=part)
         if main:
             with written_whole(run.metrics) as new: new.write_text(json.dumps(metrics, indent=1) + '\n')
         return metrics
@@ -651,7 +655,7 @@ def risclip_evaluate(
     if out: check_folder(Path(out).resolve().parent, 0)                     # before the work, not after it
     refer = refer_of(s)
     model = model or RISCLIP(replace(s, values='raw'))
-    metrics = report(*score(model, s, refer, protocol=protocol)) | dict(protocol=protocol, data=s.data, split=s.test)
+    metrics = measure(model, s, refer, protocol)
     if alone: metrics.pop('grounding')                                      # the same map once more
     print(table(metrics))
     if out:

@@ -357,8 +357,8 @@ def parameters(notebook):
 
 def test_the_notebook_offers_every_setting():
     given = parameters('train.ipynb')
-    assert list(given) == ['preset', 'folder', *(f.name for f in fields(Settings))]
-    assert given.pop('preset') == 'smoke' and set(given.values()) == {None}
+    assert list(given) == ['preset', 'folder', 'processes', *(f.name for f in fields(Settings))]
+    assert given.pop('preset') == 'smoke' and given.pop('processes') == 1 and set(given.values()) == {None}
 
 
 @pytest.mark.parametrize('notebook,wrong,near', [('train', 'stage1_stpes', 'stage1_steps'), ('evaluate', 'limt', 'limit'), ('pretrain', 'stpes', 'steps')])
@@ -446,7 +446,7 @@ def test_two_processes_are_one(smoke, finished, root, tmp_path):
     assert process.returncode == 0, out[-3000:]
     np.testing.assert_allclose(losses_of(tmp_path/'two', 1), losses_of(finished[0], 1), atol=1e-5)
     metrics, eleven = json.loads((tmp_path/'two'/'metrics.json').read_text()), replace(smoke, rung='ske', test_limit=11)
-    alone = training.report(*training.score(load_risclip(tmp_path/'two'), eleven, refer_of(eleven), thresholds=metrics['thresholds'], progress=False))
+    alone = training.measure(load_risclip(tmp_path/'two'), eleven, refer_of(eleven), thresholds=metrics['thresholds'], progress=False)
     assert metrics['expressions'] == 11 and metrics == alone
     assert (tmp_path/'two'/'history.csv').read_text().count('\n') == 13
 
@@ -472,6 +472,15 @@ def test_several_sets(smoke, clip, tmp_path, capsys):
     assert json.loads((tmp_path/'run'/'config.json').read_text())['settings']['also'] == ['refmoji/unc']
     training.risclip_train('smoke', also='refmoji/unc,refmoji+', dry_run=True)
     assert 'refmojig + refmoji/unc + refmoji+' in capsys.readouterr().out
+
+def test_the_notebook_starts_two_processes(smoke, finished, root, tmp_path):
+    "What papermill runs, with notebook_launcher: the losses of one process, and the notebook goes on to its end."
+    import papermill
+    given = dict(folder=str(tmp_path/'two'), processes=2, rung='ske', root=str(root), stage1_steps=12, batch=4, test_limit=12)
+    papermill.execute_notebook(ROOT/'nbs'/'runs'/'train.ipynb', tmp_path/'out.ipynb', given, progress_bar=False, kernel_name='python3', cwd=str(tmp_path))
+    np.testing.assert_allclose(losses_of(tmp_path/'two', 1), losses_of(finished[0], 1), atol=1e-5)
+    said = ''.join(o.get('text', '') for c in nbformat.read(tmp_path/'out.ipynb', 4).cells for o in c.get('outputs', []))
+    assert 'Launching training on 2' in said and 'is finished' in said and (tmp_path/'two'/'figures'/'predictions.png').exists()
 
 def test_a_killed_process_ends_the_run(smoke, finished, root, tmp_path):
     "With an error, not a hang; and one process alone takes the run to its end."

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from risclip.model import load_risclip
 from risclip.refmoji import VERSION
-from risclip.training import Settings, read_history, refer_of, report, score, table
+from risclip.training import Settings, measure, read_history, refer_of, table
 
 DATA = Path(__file__).resolve().parents[1]/'data'
 
@@ -50,7 +50,7 @@ def ship(run: Path, name: str):
     config['settings']['root'] = None                     # where the data lay is nobody's business
     load_risclip(run).save(folder, half=True)
     s = Settings(**config['settings'])
-    metrics = report(*score(load_risclip(folder), s, refer_of(s)))
+    metrics = measure(load_risclip(folder), s, refer_of(s))
     (folder/'metrics.json').write_text(json.dumps(metrics, indent=1) + '\n')
     (folder/'run.json').write_text(json.dumps(config, indent=1) + '\n')
     shutil.copy(run/'history.csv', folder/'history.csv')
