@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RUNS', 'SCORED', 'VERDICTS', 'COLUMNS', 'TOLD', 'TOWERS', 'UNTOLD', 'OF_PART', 'SHADES', 'VERDICT_COLOURS', 'HATCHES',
-           'CHOICES', 'LOST', 'BEYOND', 'rungs_of', 'run_settings', 'verdict', 'write_csv', 'read_csv', 'choice',
-           'rung_maps', 'rung_thresholds', 'score_rungs', 'thinned', 'at_rung', 'towers_of', 'Job', 'told_settings',
-           'climb', 'gather', 'steps_done', 'run_jobs', 'ladder', 'staircase', 'draw_bars', 'told_of',
+           'CHOICES', 'SHORT', 'LOST', 'BEYOND', 'rungs_of', 'run_settings', 'verdict', 'write_csv', 'read_csv',
+           'choice', 'rung_maps', 'rung_thresholds', 'score_rungs', 'thinned', 'at_rung', 'towers_of', 'Job',
+           'told_settings', 'climb', 'gather', 'steps_done', 'run_jobs', 'ladder', 'staircase', 'draw_bars', 'told_of',
            'mean_over_seeds', 'draw_verdicts', 'curve_of', 'load_rungs', 'rung_costs', 'maps_at', 'draw_climb',
            'study_jobs', 'studies', 'gather_studies', 'judged_colours', 'is_lost_pair', 'without_lost_pairs', 'chains',
            'crowds', 'beyond_folder', 'pair_groups', 'carry_over']
@@ -458,20 +458,25 @@ CHOICES = {          # choice: (the ladder's value, {another value: (run, what i
     'v1 to v4':         ('blocks 1 to 4', {'spread': ('decoder', dict(features=(1, 2, 4, 5)))}),
     'stages':           ('two', {'one': ('decoder', dict(stages=1))})}            # one stage takes as many steps as the two together
 
+SHORT = .6           # of the ladder's steps: what a choice is tried with, and the run that it is held against
+
 def study_jobs(folder, runs, seed=0, preset='ladder', **changes) -> dict:
-    "{(study, value): [Job]} of all studies: the choices, and the rungs over a CLIP without its alignment."
+    """{(study, value): [Job]} of all studies: the choices, and as ('ladder', 'short') what they are held against, all of them shorter than the ladder's
+    runs; and the rungs over a CLIP without its alignment, as long as the ladder's. One stage takes as many steps as the two together."""
+    s = run_settings('decoder', seed, preset, **changes)
+    short = {name: round(SHORT*getattr(s, name)) for name in ('stage1_steps', 'stage2_steps')}
     def job(study, value, run, towers='aligned', **changed):
         "A run of a study, in folders of its own."
         place = Path(study.replace(' ', '-'))/value.replace(' ', '-')
         return Job(run, seed, folder/'studies'/place, runs/'studies'/place, preset, changes | changed, towers=towers, keep='rows')
-    jobs = {(choice, value): [job(choice, value, run, **changed)] for choice, (_, others) in CHOICES.items() for value, (run, changed) in others.items()}
-    s = run_settings('decoder', seed, preset, **changes)
-    jobs['stages', 'one'] = [job('stages', 'one', 'decoder', stages=1, stage1_steps=s.stage1_steps + s.stage2_steps)]
+    jobs = {('ladder', 'short'): [job('ladder', 'short', 'decoder', **short)]}
+    jobs |= {(choice, value): [job(choice, value, run, **short | changed)] for choice, (_, others) in CHOICES.items() for value, (run, changed) in others.items()}
+    jobs['stages', 'one'] = [job('stages', 'one', 'decoder', stages=1, stage1_steps=sum(short.values()))]
     return jobs | {('alignment', how): [job('alignment', how, run, how) for run in ('ske', 'cfe', 'adapters', 'raw')] for how in TOWERS[1:]}
 
 def studies(folder=None, runs=None, seed=0, preset='ladder', workers=None, threads=None, progress=True, which=None, **changes) -> list:
     """Every study that is not done yet, then studies.csv; returns its rows. `which`: names of studies, None: all.
-    One stage takes as many steps as the two together. Repeat it after a kill, and it goes on where it was."""
+    Repeat it after a kill, and it goes on where it was."""
     folder, runs = Path(folder or data_folder()/'ladder'), Path(runs or runs_folder()/'ladder')
     jobs = {key: found for key, found in study_jobs(folder, runs, seed, preset, **changes).items() if not which or key[0] in which}
     rows = lambda: write_csv(folder/'studies.csv', ('study', 'value', *COLUMNS), gather_studies(folder, seed, preset, **changes))

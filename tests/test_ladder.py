@@ -219,18 +219,20 @@ def test_towers_of():
 def test_studies(climbed, root, tmp_path):
     folder, runs, rows = climbed
     changes = dict(root=str(root)) | FEW
-    found = studies(tmp_path, tmp_path/'runs', preset='smoke', workers=1, progress=False, which=('scale and bias', 'stages', 'alignment'), **changes)
+    found = studies(tmp_path, tmp_path/'runs', preset='smoke', workers=1, progress=False, which=('ladder', 'scale and bias', 'stages', 'alignment'), **changes)
     assert [(r['study'], r['value'], r['rung']) for r in found if r['kind'] == 'all'] == [
-        ('scale and bias', 'fixed', 'ske'), ('stages', 'one', 'ske'), ('stages', 'one', 'decoder'),
+        ('ladder', 'short', 'ske'), ('ladder', 'short', 'decoder'), ('scale and bias', 'fixed', 'ske'), ('stages', 'one', 'ske'), ('stages', 'one', 'decoder'),
         *(('alignment', how, rung) for how in ('rotated', 'random') for rung in ('ske', 'cfe', 'adapters', 'raw'))]
     assert {(r['set'], r['split'], r['seed']) for r in found} == {('refmojig', 'test', 0)}
     assert read_csv(tmp_path/'studies.csv') == found and not list(tmp_path.glob('studies/**/weights.safetensors')) and not list(tmp_path.glob('studies/**/expressions.csv'))
     told = lambda place: json.loads((tmp_path/'studies'/place/'run.json').read_text())
     assert told('scale-and-bias/fixed/ske-0')['settings']['learn_scale'] is False and told('alignment/random/cfe-0')['clip'] == dict(name='tinyclip, random', pretrained=None, sha256=None)
     one = told('stages/one/decoder-0')['settings']
-    assert (one['stages'], one['stage1_steps']) == (1, FEW['stage1_steps'] + FEW['stage2_steps'])
+    short = told('ladder/short/decoder-0')['settings']
+    assert [short[name] for name in FEW] == [round(.6*steps) for steps in FEW.values()]
+    assert (one['stages'], one['stage1_steps']) == (1, sum(short[name] for name in FEW))
     curves = [r['step'] for r in read_csv(tmp_path/'studies'/'stages/one/decoder-0'/'curve.csv')]
-    assert curves == [5]
+    assert curves == [one['stage1_steps']]
     raw = lambda rows: next(r['miou'] for r in rows if (r['rung'], r['kind'], r['set']) == ('raw', 'all', 'refmojig'))
     assert all(raw([r for r in found if r['value'] == how]) != raw(rows) for how in ('rotated', 'random'))
 
@@ -240,12 +242,17 @@ def test_each_study_changes_what_it_names():
     from pathlib import Path
     base = asdict(Job('decoder', 0, Path('a'), Path('b')).settings)
     jobs = study_jobs(Path('a'), Path('b'))
-    assert {study for study, _ in jobs} == {*CHOICES, 'alignment'} and len({(j.folder, j.run) for found in jobs.values() for j in found}) == sum(map(len, jobs.values()))
+    assert {study for study, _ in jobs} == {*CHOICES, 'alignment', 'ladder'} and len({(j.folder, j.run) for found in jobs.values() for j in found}) == sum(map(len, jobs.values()))
     changed = {key: {k: v for k, v in asdict(found[0].settings).items() if v != base[k] and k != 'rung'} for key, found in jobs.items()}
+    assert all(changed[key] == {} for key in changed if key[0] == 'alignment')         # as long as the ladder's
+    short = changed.pop(('ladder', 'short'))
+    assert short == {name: .6*base[name] for name in ('stage1_steps', 'stage2_steps')}
+    assert changed['stages', 'one'] == dict(stages=1, stage1_steps=sum(short.values()))
+    changed = {key: {k: v for k, v in of.items() if key[0] == 'stages' or short.get(k) != v} for key, of in changed.items()}
     assert changed == {('value path', 'last block'): dict(values='last'), ('value path', 'every block'): dict(values='every'), ('CFE', 'last half'): dict(cfe_layers='last half'),
         ('start of SKE', 'random'): dict(ske_aligned=False), ('places in SKE', 'not'): dict(ske_positions=False),
         ('label', 'any overlap'): dict(label='any'), ('scale and bias', 'fixed'): dict(learn_scale=False), ('loss', 'Dice alone'): dict(focal_weight=0.), ('loss', 'focal alone'): dict(dice_weight=0.),
-        ('v1 to v4', 'spread'): dict(features=(1, 2, 4, 5)), ('stages', 'one'): dict(stages=1, stage1_steps=base['stage1_steps'] + base['stage2_steps']),
+        ('v1 to v4', 'spread'): dict(features=(1, 2, 4, 5)), ('stages', 'one'): dict(stages=1, stage1_steps=sum(short.values())),
         ('alignment', 'rotated'): {}, ('alignment', 'random'): {}}
     assert all(j.towers == value for (study, value), found in jobs.items() for j in found if study == 'alignment')
 
