@@ -41,8 +41,9 @@ class Level(nn.Module):
             nn.Conv2d(channels, hidden, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(hidden),
             nn.Conv2d(hidden, hidden, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(hidden))
 
-    def forward(self, x:Tensor) -> Tensor:
-        x = self.convs(x)
+    def forward(self, x:Tensor, head:nn.Module|None=None) -> Tensor:
+        "head: a 1x1 convolution to come after the level. It is taken before the upsampling, which gives the same and has fewer channels to stretch."
+        x = self.convs(x) if head is None else head(self.convs(x))
         return resize(x, (2*x.shape[-2], 2*x.shape[-1])) if self.upsample else x
 
 # %% ../nbs/10_decoder.ipynb #f25b1914
@@ -67,5 +68,5 @@ class Decoder(nn.Module):
             raise ValueError(f'expected {len(self.levels)} features and a grounding on one grid, got grids {grids[:-1]} and {grids[-1]}')
         d = grounding
         for level, lateral, v in zip(self.levels, self.laterals, reversed(features)):  # D4, D3, D2, D1
-            d = level(torch.cat([d, resize(lateral(v), d.shape[-2:])], 1))
-        return resize(self.head(d), size)
+            d = level(torch.cat([d, resize(lateral(v), d.shape[-2:])], 1), self.head if level is self.levels[-1] else None)
+        return resize(d, size)

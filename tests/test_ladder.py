@@ -242,7 +242,7 @@ def test_each_study_changes_what_it_names():
     from pathlib import Path
     base = asdict(Job('decoder', 0, Path('a'), Path('b')).settings)
     jobs = study_jobs(Path('a'), Path('b'))
-    assert {study for study, _ in jobs} == {*CHOICES, 'alignment', 'ladder'} and len({(j.folder, j.run) for found in jobs.values() for j in found}) == sum(map(len, jobs.values()))
+    assert {study for study, _ in jobs} == {*CHOICES, 'alignment', 'alignment of values', 'ladder'} and len({(j.folder, j.run) for found in jobs.values() for j in found}) == sum(map(len, jobs.values()))
     changed = {key: {k: v for k, v in asdict(found[0].settings).items() if v != base[k] and k != 'rung'} for key, found in jobs.items()}
     assert all(changed[key] == {} for key in changed if key[0] == 'alignment')         # as long as the ladder's
     short = changed.pop(('ladder', 'short'))
@@ -250,11 +250,10 @@ def test_each_study_changes_what_it_names():
     assert changed['stages', 'one'] == dict(stages=1, stage1_steps=sum(short.values()))
     changed = {key: {k: v for k, v in of.items() if key[0] == 'stages' or short.get(k) != v} for key, of in changed.items()}
     assert changed == {('value path', 'last block'): dict(values='last'), ('value path', 'every block'): dict(values='every'), ('CFE', 'last half'): dict(cfe_layers='last half'),
-        ('start of SKE', 'random'): dict(ske_aligned=False), ('places in SKE', 'not'): dict(ske_positions=False),
         ('label', 'any overlap'): dict(label='any'), ('scale and bias', 'fixed'): dict(learn_scale=False), ('loss', 'Dice alone'): dict(focal_weight=0.), ('loss', 'focal alone'): dict(dice_weight=0.),
         ('v1 to v4', 'spread'): dict(features=(1, 2, 4, 5)), ('stages', 'one'): dict(stages=1, stage1_steps=sum(short.values())),
-        ('alignment', 'rotated'): {}, ('alignment', 'random'): {}}
-    assert all(j.towers == value for (study, value), found in jobs.items() for j in found if study == 'alignment')
+        ('alignment', 'rotated'): {}, ('alignment', 'random'): {}, ('alignment of values', 'aligned'): dict(values='raw'), ('alignment of values', 'rotated'): dict(values='raw')}
+    assert all(j.towers == value for (study, value), found in jobs.items() for j in found if study.startswith('alignment'))
 
 
 # --- what training never showed

@@ -49,6 +49,11 @@ def test_dry_run_knows_how_memory_is_saved():
     assert gib(accumulate=4) < .5*gib() and gib(recompute=True) < .5*gib()
 
 
+def test_stage_1_is_counted_without_the_decoder():
+    line = lambda rung: next(l for l in describe_run(settings_of('refmojig', batch=3200, rung=rung)).splitlines() if l.startswith('stage 1:'))
+    assert line('decoder') == line('ske') != line('cfe')
+
+
 def test_clip_alone_on_files_of_refcocog(tmp_path, monkeypatch, capsys):
     "The command that gives the number to hold against the slides' first, with random weights and pictures: B/16 itself, no training."
     rng = np.random.default_rng(0)

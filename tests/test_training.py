@@ -157,6 +157,18 @@ def test_other_settings_in_the_same_folder(finished, smoke):
         with pytest.raises(ValueError, match=fr'config.json says {name}=.* now it is {value!r}'): train(replace(smoke, **{name: value}), finished[0])
 
 
+def test_what_changes_nothing_may_change_in_the_same_folder(finished, smoke):
+    assert train(replace(smoke, keep=5, workers=1, save_every=3, batch_eval=3, recompute=True), finished[0]) == finished[1]
+
+
+def test_scoring_takes_so_many_phrases_at_a_time(finished, smoke, monkeypatch):
+    "As its setting says; the numbers stay as they are."
+    sizes, maps = [], training.maps_of
+    monkeypatch.setattr(training, 'maps_of', lambda model, batch: (sizes.append(len(batch.index)), maps(model, batch))[1])
+    found = training.measure(load_risclip(finished[0]), replace(smoke, test_limit=12, batch_eval=5), refer_of(smoke), thresholds=finished[1]['thresholds'], progress=False)
+    assert sizes == [5, 5, 2] and abs(found['mask']['miou'] - finished[1]['mask']['miou']) < .1
+
+
 def test_another_clip_in_the_same_folder(finished, smoke, clip, monkeypatch):
     other = load_clip('tinyclip')
     other.sha256 = 'f'*64
