@@ -462,7 +462,7 @@ SHORT = .6           # of the ladder's steps: what a choice is tried with, and t
 
 def study_jobs(folder, runs, seed=0, preset='ladder', **changes) -> dict:
     """{(study, value): [Job]} of all studies: the choices, and as ('ladder', 'short') what they are held against, all of them shorter than the ladder's
-    runs; the rungs over a CLIP without its alignment, as long as the ladder's; and SKE's rung, short, over CLIPs that are read by their values alone. One stage takes as many steps as the two together."""
+    runs; the rungs over a CLIP without its alignment, as long as the ladder's; and adapters, short, over CLIPs that are read by their values alone. One stage takes as many steps as the two together."""
     s = run_settings('decoder', seed, preset, **changes)
     short = {name: round(SHORT*getattr(s, name)) for name in ('stage1_steps', 'stage2_steps')}
     def job(study, value, run, towers='aligned', **changed):
@@ -472,7 +472,7 @@ def study_jobs(folder, runs, seed=0, preset='ladder', **changes) -> dict:
     jobs = {('ladder', 'short'): [job('ladder', 'short', 'decoder', **short)]}
     jobs |= {(choice, value): [job(choice, value, run, **short | changed)] for choice, (_, others) in CHOICES.items() for value, (run, changed) in others.items()}
     jobs['stages', 'one'] = [job('stages', 'one', 'decoder', stages=1, stage1_steps=sum(short.values()))]
-    jobs |= {('alignment of values', how): [job('alignment of values', how, 'ske', how, values='raw', **short)] for how in TOWERS[:2]}
+    jobs |= {('alignment of values', how): [job('alignment of values', how, 'adapters', how, values='raw', **short)] for how in TOWERS[:2]}
     return jobs | {('alignment', how): [job('alignment', how, run, how) for run in ('ske', 'cfe', 'adapters', 'raw')] for how in TOWERS[1:]}
 
 def studies(folder=None, runs=None, seed=0, preset='ladder', workers=None, threads=None, progress=True, which=None, **changes) -> list:
