@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PRESET ?= refmojig
 SEEDS  ?= 0, 1, 2
+BENCHED ?= refmojig refcocog_umd_b16 refcocog_umd_l14
 VENV   := .venv
 PY     := $(VENV)/bin/python
 RUN    := $(PY) -m papermill -k python3 --no-progress-bar --stdout-file - --stderr-file -
@@ -9,7 +10,7 @@ RUN    := $(PY) -m papermill -k python3 --no-progress-bar --stdout-file - --stde
 # A notebook's kernel is that of .venv, whatever else is installed.
 export JUPYTER_PREFER_ENV_PATH = 1
 
-.PHONY: help install data train pretrain ladder studies test lab export clean
+.PHONY: help install data train pretrain ladder studies benchmark test lab export site assignments clean
 
 help:
 	@echo 'make install    .venv with everything in it (at most 10 minutes)'
@@ -20,6 +21,9 @@ help:
 	@echo 'make pretrain   train the small CLIP again (an hour and a half on two cores, minutes on a GPU)'
 	@echo 'make ladder     train and score every rung with three seeds into data/ladder/ (2 hours on two cores; SEEDS=7 takes another)'
 	@echo 'make studies    the open choices, and a CLIP without its alignment, beside the ladder (2 hours on two cores)'
+	@echo 'make benchmark  time the model beside the bare CLIP into data/benchmarks/ (half an hour on two cores, with nothing beside it)'
+	@echo 'make site       the course as web pages into site/ (a few minutes)'
+	@echo 'make assignments  the exercises without their solutions into assignments/; what is there is left alone'
 	@echo 'make clean      remove .venv, caches and generated data; runs/ stays'
 
 $(PY):
@@ -53,6 +57,10 @@ studies: data
 	@mkdir -p runs/ladder
 	$(RUN) nbs/runs/ladder.ipynb runs/ladder/studies.ipynb -p preset ladder -p what studies
 
+benchmark: data
+	@mkdir -p runs/benchmark
+	for preset in $(BENCHED); do $(RUN) nbs/runs/benchmark.ipynb runs/benchmark/$$preset.ipynb -p preset $$preset || exit 1; done
+
 test: data
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist worksteal --durations 15
 
@@ -64,7 +72,17 @@ export: install
 	$(VENV)/bin/nbdev_clean
 	$(PY) tools/readme.py
 
+$(VENV)/site: settings.ini constraints.txt | install
+	$(PY) -m pip install -e '.[site]' -c constraints.txt
+	@touch $@
+
+site: install $(VENV)/site
+	$(PY) tools/site_pages.py site
+
+assignments: install
+	$(PY) tools/assignments.py
+
 clean:
-	rm -rf $(VENV) build dist _proc *.egg-info .pytest_cache .hypothesis data/images/refmoji data/refmoji data/refmoji+ data/refmojig
+	rm -rf $(VENV) build dist site _proc *.egg-info .pytest_cache .hypothesis data/images/refmoji data/refmoji data/refmoji+ data/refmojig
 	find . -name __pycache__ -prune -exec rm -rf {} +
 	find . -name .ipynb_checkpoints -prune -exec rm -rf {} +

@@ -27,6 +27,6 @@ setup(
     long_description=readme.read_text(encoding='utf-8') if readme.exists() else '', long_description_content_type='text/markdown',
     packages=[cfg['lib_path']], cmdclass=dict(build_py=build_with_models),
     python_requires='>='+cfg['min_python'], install_requires=cfg['requirements'].split(),
-    extras_require=dict(dev=cfg['dev_requirements'].split()),
+    extras_require={name: cfg[f'{name}_requirements'].split() for name in ('dev', 'site')},
     entry_points=dict(console_scripts=cfg['console_scripts'].split(), nbdev=[f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]),
     zip_safe=False)

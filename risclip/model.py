@@ -48,7 +48,7 @@ class ModelSettings:
     ske_aligned: bool = False        # SKE's attentions start as CLIP's own comparison (ours); False: at random (not said)
     ske_positions: bool = False      # SKE's image tokens carry their places (ours, measured on the miniature)
     features: tuple = (1, 2, 3, 4)   # the image blocks, counted from 1, whose outputs are v1..v4 (slides)
-    decoder_width: int = 256         # channels of the decoder (ours)
+    decoder_width: int = 64          # channels of the decoder (ours)
     scale: float = math.exp(2.7)     # where the learnt scale starts (ours)
     bias: float = -1.5               # where the learnt bias starts (ours)
     learn_scale: bool = True         # False: scale and bias stay where they start (for comparison)

@@ -1,0 +1,48 @@
+"""The exercises without their solutions, by nbgrader's generate_assignment: `python tools/assignments.py [folder to write to]`
+
+A notebook that is already there is left alone: it may be somebody's work. Remove it to get it anew."""
+import os, re, sys, tempfile
+from pathlib import Path
+import nbformat
+from nbgrader.apps import NbGraderAPI
+from traitlets.config import Config
+
+root = Path(__file__).resolve().parents[1]
+source = root/'nbs'/'exercises'/'source'
+
+
+def release(assignments, course):
+    "The students' version of each assignment below `course`, a folder that is thrown away with its gradebook."
+    config = Config()
+    config.CourseDirectory.root, config.CourseDirectory.source_directory = str(course), str(source)
+    config.CourseDirectory.db_url = f'sqlite:///{course}/gradebook.db'
+    api = NbGraderAPI(config=config)
+    for name in assignments:
+        done = api.generate_assignment(name)
+        if not done['success']: sys.exit(f"{name}: {done.get('error') or done.get('log')}")
+    return course/'release'
+
+
+def linked_from(nb, old, new):
+    "The notebook with the relative links of its text as seen from the folder `new` instead of `old`."
+    there = lambda m: f"]({Path(os.path.relpath((old/m[1]).resolve(), new)).as_posix()})"
+    for cell in nb.cells:
+        if cell.cell_type == 'markdown': cell.source = re.sub(r'\]\((?![a-z]+:|#)([^)\s#]+)\)', there, cell.source)
+    return nb
+
+
+def write(folder):
+    names = sorted(p.relative_to(source) for p in source.glob('*/*.ipynb'))
+    missing = [name for name in names if not (folder/name).exists()]
+    for name in names:
+        if name not in missing: print(f'{folder/name} is there and was left alone')
+    with tempfile.TemporaryDirectory() as course:
+        made = release(sorted({name.parts[0] for name in missing}), Path(course).resolve())
+        for name in missing:
+            (folder/name).parent.mkdir(parents=True, exist_ok=True)
+            nb = linked_from(nbformat.read(made/name, 4), (source/name).parent, (folder/name).parent)
+            nbformat.write(nb, folder/name)
+            print(folder/name)
+
+
+if __name__ == '__main__': write(Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else root/'assignments')
