@@ -68,6 +68,7 @@ lab: install
 	$(PY) -m jupyter lab nbs
 
 export: install
+	$(PY) tools/install_cells.py
 	$(VENV)/bin/nbdev_export
 	$(VENV)/bin/nbdev_clean
 	$(PY) tools/readme.py

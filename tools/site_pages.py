@@ -8,6 +8,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from install_cells import BUTTON
+
 root = Path(__file__).resolve().parents[1]
 PAGES = ('notation', 'slides_to_code', 'teaching')     # beside the chapters
 EXTENSION = '''"Equations as MathML: no script and no network is needed to show them."
@@ -39,6 +41,7 @@ def shown(nb):
     "A notebook for reading: no hidden cells, no directives; `#| echo: false` leaves only the output."
     cells = []
     for cell in nb['cells']:
+        if cell.get('id') == BUTTON: continue             # its picture would be fetched from elsewhere
         source = ''.join(cell['source'])
         if cell['cell_type'] == 'code':
             directives = set(re.findall(r'^#\|\s*(.+)$', source, re.M))
