@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WORK', 'bare_clip', 'multiply_adds', 'seconds', 'beside', 'Bench', 'peak_of_process', 'peak_memory', 'noise_set',
            'loader_rate', 'describe_device', 'step_batch', 'peak_rate', 'time_work', 'memory_of_work', 'conv_lever',
-           'channels_last_lever', 'levers', 'rounded', 'summary_of', 'benchmark', 'read_benchmarks',
+           'channels_last_lever', 'levers', 'rounded', 'summary_of', 'benchmark', 'read_benchmarks', 'doubtful',
            'table_of_benchmarks', 'draw_benchmarks']
 
 # %% ../nbs/17_benchmark.ipynb #ce383307
@@ -293,12 +293,18 @@ def read_benchmarks(folder=None) -> list:
     found = [json.loads(file.read_text()) for file in sorted(Path(folder or data_folder()/'benchmarks').glob('*.json'))]
     return sorted(found, key=lambda one: (one['device']['slug'], one['work']['inference']['floor_multiply_adds']))
 
+def doubtful(one: dict, name: str) -> bool:
+    "Does a file claim for this work more than its device can do, or a ratio that its seconds do not bear out? Then something else was running."
+    row = one['work'][name]
+    return row['share_of_peak'] > 1 or not .8 < row['ratio']*row['floor']/row['seconds'] < 1.25
+
 def table_of_benchmarks(found: list) -> str:
-    "A line for each work: ratio of time and, in brackets, of multiply-adds, one column a file."
+    "A line for each work: ratio of time and, in brackets, of multiply-adds, one column a file; `?` where it is doubtful. Then the memory of a step of stage 1, and the time to load a picture."
     lines = [f'{"beside the bare towers":24}' + ''.join(f'{one["preset"]:>22}' for one in found), f'{"device":24}' + ''.join(f'{one["device"]["slug"]:>22}' for one in found)]
-    for name in WORK: lines.append(f'{name:24}' + ''.join(f'{one["ratios"][name]:>14.2f} ({one["multiply_adds"][name]:5.2f})' for one in found))
-    for name in ('peak_memory', 'loader'): lines.append(f'{name:24}' + ''.join(f'{one["ratios"].get(name, math.nan):>14.2f}        ' for one in found))
-    return '\n'.join(lines)
+    mark = lambda one, name: '?' if doubtful(one, name) else ' '
+    for name in WORK: lines.append(f'{name:24}' + ''.join(f'{one["ratios"][name]:>12.2f}{mark(one, name)} ({one["multiply_adds"][name]:5.2f}) ' for one in found))
+    for name, label in ('peak_memory', 'memory of stage1_step'), ('loader', 'to load a picture'): lines.append(f'{label:24}' + ''.join(f'{one["ratios"].get(name, math.nan):>12.2g}          ' for one in found))
+    return '\n'.join(line.rstrip() for line in lines)
 
 # %% ../nbs/17_benchmark.ipynb #be290678
 def draw_benchmarks(found: list):

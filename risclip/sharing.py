@@ -29,6 +29,8 @@ def run_facts(folder) -> dict:
             except (OSError, ValueError): continue
             if name == 'metrics.json': facts['metrics'] = found
             elif 'versions' in found: facts |= {key: found[key] for key in ('settings', 'versions') if key in found}
+    s = facts.get('settings', {})
+    if 'metrics' in facts and 'data' in s: facts['metrics'] = dict(data=s['data'], split=s['test']) | facts['metrics']     # older files do not say what was scored: what the settings say
     return facts
 
 # %% ../nbs/18_sharing.ipynb #6c732245
@@ -40,18 +42,19 @@ def known_for(data: str | None) -> str:
 
 def eval_results(metrics: dict, data: str) -> list:
     "The scores of metrics.json as the hub wants them."
-    return [EvalResult(task_type='image-segmentation', task_name='referring image segmentation', dataset_type=data, dataset_name=data, dataset_split=metrics.get('split', 'test'),
+    return [EvalResult(task_type='image-segmentation', task_name='referring image segmentation', dataset_type=data, dataset_name=data, dataset_split=metrics['split'],
                        metric_type=key, metric_name=f'{name} of the {part}', metric_value=metrics[part][key]) for part in ('grounding', 'mask') if part in metrics for key, name in TABLE.items()]
 
 # %% ../nbs/18_sharing.ipynb #8eea2e40
 def score_text(metrics: dict | None) -> str:
     "The scores as a table in text, with what was scored and how; says so where there are none."
     if not metrics: return 'No scores were recorded.'
-    where = f'`{metrics.get("data", "?")}` {metrics.get("split", "test")}'
+    where = f'`{metrics["data"]}` {metrics["split"]}' if 'data' in metrics else 'a set that was not recorded'
     how = dict(own="at each picture's own size", lavt='at 480 x 480').get(metrics.get('protocol'), 'at a size that was not recorded')
-    kinds = metrics.get('kinds', {}).get('mask') or metrics.get('kinds', {}).get('grounding') or {}
+    part = 'mask' if 'mask' in metrics else 'grounding'
+    kinds = metrics.get('kinds', {}).get(part, {})
     lines = [f'All {metrics["expressions"]} expressions of {where}, {how}, in percent:', '', '```', table(metrics), '```']
-    if len(kinds) > 1: lines += ['', '| kind of expression | how many | mIoU |', '|---|---|---|', *(f'| {kind} | {row["n"]} | {row["miou"]:.1f} |' for kind, row in kinds.items())]
+    if len(kinds) > 1: lines += ['', f'| kind of expression | how many | mIoU of the {part} |', '|---|---|---|', *(f'| {kind} | {row["n"]} | {row["miou"]:.1f} |' for kind, row in kinds.items())]
     return '\n'.join(lines)
 
 def training_text(s, facts: dict, half: bool) -> str:
@@ -86,9 +89,9 @@ The method is that of *Extending CLIP's Image-Text Alignment to Referring Image 
 def model_card(model: RISCLIP, name: str, facts: dict, half=False) -> ModelCard:
     "The card of a model called `name`; facts: see `run_facts`."
     s, metrics = model.settings, facts.get('metrics')
-    data = (metrics or {}).get('data', facts.get('settings', {}).get('data'))
+    data = facts.get('settings', {}).get('data')                             # what it was trained on
     head = ModelCardData(license='apache-2.0', language='en', library_name='risclip', pipeline_tag='image-segmentation', tags=['referring-image-segmentation', 'clip', 'risclip'],
-                         model_name=name, eval_results=eval_results(metrics, data) if metrics and data else None)
+                         model_name=name, eval_results=eval_results(metrics, metrics['data']) if metrics and 'data' in metrics else None)
     clip = f'`{s.clip}`' + (f' with the weights `{s.pretrained}`' if s.pretrained else '') + (f' (SHA-256 {model.clip.sha256})' if model.clip.sha256 else '')
     text = CARD.format(name=name, s=s, clip=clip, size=model.clip.size, known=known_for(data), scores=score_text(metrics), training=training_text(s, facts, half))
     return ModelCard(f'---\n{head.to_yaml()}\n---\n\n{text}')

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 root = Path(__file__).resolve().parents[1]
 CELL, BUTTON = 'a0000001', 'a0000002'                  # ids
 INSTALL = '''#| hide
-# Does nothing where risclip is installed. Elsewhere, as in Colab, it fetches the course and installs it.
+# Does nothing where risclip is installed. {elsewhere}
 import importlib.util, subprocess, sys
 if importlib.util.find_spec('risclip') is None:
 '''
@@ -20,7 +20,8 @@ TELL = '''    raise ModuleNotFoundError('risclip is not installed for this Pytho
 
 def cells_for(name, url, branch) -> list:
     "The cells that stand behind the title of the notebook nbs/<name>."
-    source = INSTALL + (FETCH.format(url=url) if url else TELL)
+    elsewhere = 'Elsewhere, as in Colab, it fetches the course and installs it.' if url else 'Elsewhere it says what to do.'
+    source = INSTALL.format(elsewhere=elsewhere) + (FETCH.format(url=url) if url else TELL)
     cells = [dict(cell_type='code', id=CELL, metadata={}, execution_count=None, outputs=[], source=source.splitlines(True))]
     if urlsplit(url).netloc == 'github.com':            # Colab opens what lies there
         place = f'https://colab.research.google.com/github/{urlsplit(url).path.strip("/").removesuffix(".git")}/blob/{branch}/nbs/{name}'
