@@ -14,7 +14,7 @@ export JUPYTER_PREFER_ENV_PATH = 1
 
 help:
 	@echo 'make install    .venv with everything in it (at most 10 minutes)'
-	@echo 'make train      install, build RefMoji, train in two stages into runs/$(PRESET) (15 minutes on two cores)'
+	@echo 'make train      install, build RefMoji, train in two stages into runs/$(PRESET) (20 minutes on two cores)'
 	@echo 'make test       install, and run every test (15 minutes on two cores)'
 	@echo 'make lab        open the notebooks in JupyterLab'
 	@echo 'make export     notebooks -> risclip/, cleaned notebooks, README.md'
