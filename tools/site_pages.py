@@ -47,6 +47,8 @@ def shown(nb):
             directives = set(re.findall(r'^#\|\s*(.+)$', source, re.M))
             if directives & {'hide'} or any(d.startswith('default_exp') for d in directives): continue
             source = re.sub(r'^#\|.*\n?', '', source, flags=re.M)
+            for out in cell['outputs']:                       # links in outputs stay as they are: to the pages, then
+                if 'text/markdown' in out.get('data', {}): out['data']['text/markdown'] = re.sub(r'\]\((\w+)\.ipynb', r'](\1.html', ''.join(out['data']['text/markdown']))
             if 'echo: false' in directives: cell['metadata'] = dict(cell['metadata'], tags=['remove-input'])
         cells.append(dict(cell, source=source))
     return dict(nb, cells=cells)
