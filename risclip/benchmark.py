@@ -85,9 +85,13 @@ class Bench:
         self.batch = Batch(*(x.to(self.device) for x in (pixels, tokens, mask, rows, rows)))
 
     @cached_property
-    def bare(self): return bare_clip(self.s).to(self.device)
+    def bare(self):
+        "open_clip's own model."
+        return bare_clip(self.s).to(self.device)
     @cached_property
-    def clip(self): return load_clip(self.s.clip, None, self.s.size).to(self.device)
+    def clip(self):
+        "Our towers over the same architecture."
+        return load_clip(self.s.clip, None, self.s.size).to(self.device)
 
 # %% ../nbs/17_benchmark.ipynb #7bc1c04b
 @patch
@@ -95,6 +99,7 @@ def floor(self: Bench, n: int):
     "The bare towers on n pictures and phrases, as a call."
     @torch.no_grad()
     def compute():
+        "All n, in as many parts as a step has."
         with self.accelerator.autocast():
             for few in range(0, n, max(1, n//self.s.accumulate)):
                 part = slice(few, few + max(1, n//self.s.accumulate))
@@ -109,6 +114,7 @@ def asked(self: Bench, cfe_layers=None, again=False):
     pixels, tokens = self.batch.pixels[:1], self.batch.tokens[:1]
     @torch.no_grad()
     def compute():
+        "One phrase."
         with self.accelerator.autocast(): return model(pixels, tokens, None, seen)
     with torch.no_grad(), self.accelerator.autocast(): seen = model.see(pixels) if again else None
     return compute
@@ -124,6 +130,7 @@ def step(self: Bench, stage: int):
     optimiser = torch.optim.AdamW(parameters, lr=1e-6, fused=self.device == 'cuda')
     parts = [Batch(*(x[k::s.accumulate] for x in self.batch)) for k in range(s.accumulate)]
     def compute():
+        "One step."
         optimiser.zero_grad()
         losses = step_losses(s, stage, model, model, iter(parts), self.accelerator)
         self.accelerator.clip_grad_norm_(parameters, s.clip_norm)

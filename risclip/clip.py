@@ -170,12 +170,14 @@ class Tokenizer:
         return tokens
 
     def warn_words(self, phrase):
+        "Warn of each word of the phrase that this CLIP never met, once a word."
         for word in re.findall(r"\w+(?:'\w+)?|[^\w\s]+", self.tokenizer.clean_fn(phrase)):
             if word in self.warned or not self.never_seen[self.tokenizer.encode(word)].any(): continue
             self.warned.add(word)
             warnings.warn(f'this CLIP has never met the word {word!r} (in {phrase!r}) and cannot know what it means', stacklevel=3)
 
     def warn_long(self, phrase):
+        "Warn of the first phrase that is longer than the context."
         n, T = len(self.tokenizer.encode(phrase)) + 2, self.tokenizer.context_length
         if n <= T or None in self.warned: return
         self.warned.add(None)

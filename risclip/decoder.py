@@ -27,6 +27,7 @@ class Lateral(nn.Module):
         self.norm, self.conv = nn.LayerNorm(width, elementwise_affine=False), nn.Conv2d(width, hidden, 1)
 
     def forward(self, v:Tensor) -> Tensor:
+        "A feature [B, width, h, w] -> [B, hidden, h, w]."
         return self.conv(self.norm(v.movedim(1, -1)).movedim(-1, 1))
 
 # %% ../nbs/10_decoder.ipynb #fb581960

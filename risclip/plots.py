@@ -136,14 +136,17 @@ class _Pen:
     "Draws boxes, arrows and labels on `ax`, each in the style of the part that it belongs to, lit or pale."
     def __init__(self, ax, lit): self.ax,self.lit = ax,lit
     def style(self, part):
+        "Colours of a part's box: its own if it is lit, else pale."
         on = part in self.lit
         soft = tuple(.25+.75*np.array(to_rgb(PARTS[part])))   # a little white in it, so that dark letters are read easily
         return dict(facecolor=soft if on else COLOURS['pale'], edgecolor=COLOURS['ink' if on else 'faint'], linewidth=1.4 if on else .8)
     def text(self, part, x, y, s, size=8, **kw):
+        "Write `s` around (x, y), dark if the part is lit."
         on = part in self.lit
         self.ax.text(x, y, s, ha='center', va='center', fontsize=size, color=COLOURS['ink'] if on else '#777777',
                      weight='bold' if on else 'normal', zorder=5, **kw)
     def box(self, part, x, y, w, h, label='', size=8, z=2):
+        "A rounded box of a part from (x, y), with its label."
         self.ax.add_patch(FancyBboxPatch((x+.6, y+.6), w-1.2, h-1.2, boxstyle='round,pad=.6', zorder=z, **self.style(part)))
         if label: self.text(part, x+w/2, y+h/2, label, size)
     def arrow(self, *points, part=None, z=1):
@@ -156,7 +159,9 @@ class _Pen:
 def _ends(pen):
     "The two inputs at the left, the map and the mask at the right."
     on = lambda part,colour: colour if part in pen.lit else COLOURS['faint']
-    def thing(part, shape, colour): pen.ax.add_patch(shape).set(facecolor=on(part, colour), zorder=4)
+    def thing(part, shape, colour):
+        "A shape of the little scene, in its colour if the part is lit."
+        pen.ax.add_patch(shape).set(facecolor=on(part, colour), zorder=4)
     pen.box('phrase', 0, 25, 14, 8)
     pen.text('phrase', 7, 29, '"the red ball left\nof the box"', 6, style='italic')
     for part,x,y in ('picture',1,4.5), ('mask',96,13.5):

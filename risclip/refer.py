@@ -58,7 +58,9 @@ COCO_CATEGORIES = {first+i: word.replace('_', ' ') for first, words in _names.it
 # %% ../nbs/01_refer.ipynb #47b0c979
 class _PlainUnpickler(pickle._Unpickler):  # the one in Python: the one in C sets aside any memory that a damaged file names
     "Lists, dicts, text and numbers have opcodes of their own. What asks for a name could run code: refused."
-    def find_class(self, module, name): raise pickle.UnpicklingError(f'it asks for {module}.{name}')
+    def find_class(self, module, name):
+        "Refuse whatever is no plain value. Raises UnpicklingError naming it."
+        raise pickle.UnpicklingError(f'it asks for {module}.{name}')
 
 def read_refs(path) -> list:
     """The list of refs in a `refs(*).p`, written by Python 2 or 3. Nothing in the file is run.
@@ -142,7 +144,9 @@ class Expression:
     marks: tuple = ()  # which of MARKS hold for the referent
 
     @property
-    def length(self) -> int: return len(self.text.split())
+    def length(self) -> int:
+        "How many words it has."
+        return len(self.text.split())
 
 # %% ../nbs/01_refer.ipynb #23193db3
 class Refer:
@@ -382,6 +386,7 @@ class _Writer:
         self.splits, self.sent_id = {}, 0
 
     def category_id(self, name):
+        "COCO's number of a category, or a new one. ValueError: not a name."
         if not (isinstance(name, str) and name.strip()): raise ValueError(f'a category is {name!r}, not a name')
         coco = {word: number for number, word in COCO_CATEGORIES.items()}
         return self.categories.setdefault(name, coco.get(name) or 1001 + sum(n not in coco for n in self.categories))

@@ -150,7 +150,9 @@ class Thing:
     visible: float = 1.                                 # seen pixels / drawn pixels
     cut: bool = False                                   # by the picture's border
     @property
-    def hidden(self) -> bool: return self.visible < .85 and not self.cut  # by others
+    def hidden(self) -> bool:
+        "Is more than a little of it behind others?"
+        return self.visible < .85 and not self.cut  # by others
 
 @dataclass
 class Scene:
@@ -270,7 +272,9 @@ def colour_shares(
     span = np.maximum(top - low, 1)
     r, g, b = rgb.T
     hue = 60*np.where(top == r, (g - b)/span % 6, np.where(top == g, (b - r)/span + 2, (r - g)/span + 4))
-    def within(a, z): return (a <= hue) & (hue <= z) if a < z else (hue >= a) | (hue <= z)
+    def within(a, z):
+        "Which hues lie between two, around the circle."
+        return (a <= hue) & (hue <= z) if a < z else (hue >= a) | (hue <= z)
     strong, weak = (span > .3*top) & (top > 70), (span > .14*top) & (top > 60)
     return np.array([[(within(*hues[c]) & enough).mean() for c in COLOURS] for hues, enough in ((CLEARLY, strong), (PERHAPS, weak))])
 
