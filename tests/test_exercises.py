@@ -1,13 +1,13 @@
 """The graders are graded: a solution passes, an empty version fails, and a typical wrong answer fails with the hint that fits it.
 
 The cells run by exec in this process, which is much faster than a kernel for each wrong answer."""
-import ast, contextlib, io, json, re, subprocess, sys
+import ast, contextlib, io, json, os, re, subprocess, sys
 from pathlib import Path
 import nbformat, pytest
 from nbgrader.apps import NbGraderAPI
 from nbgrader.api import Gradebook
 from nbgrader.preprocessors import ClearSolutions
-from traitlets.config import Config
+from traitlets.config import PyFileConfigLoader
 from conftest import ROOT
 
 SOURCE = ROOT/'nbs'/'exercises'/'source'
@@ -283,7 +283,13 @@ def test_links_lead_somewhere():
         for link in links: assert (path.parent/link).is_file(), link
 
 
-def test_assignments(tmp_path):
+@pytest.fixture
+def not_activated(monkeypatch):
+    "An environment's python called by its path, as make does: its other programs are on no PATH."
+    monkeypatch.setenv('PATH', os.defpath)
+
+
+def test_assignments(tmp_path, not_activated):
     "What `make assignments` makes: every notebook, without solutions and hidden tests; a second run leaves alone what is there."
     make = lambda: subprocess.run([sys.executable, ROOT/'tools'/'assignments.py', tmp_path/'assignments'], check=True, capture_output=True, text=True, cwd=tmp_path).stdout
     make()
@@ -301,13 +307,14 @@ def test_assignments(tmp_path):
 
 
 @pytest.mark.filterwarnings('ignore::sqlalchemy.exc.SAWarning')
-def test_autograding(tmp_path):
+def test_autograding(tmp_path, not_activated):
     "nbgrader itself, from end to end: a release, a submission with one right and one wrong answer, its points in the gradebook."
     name, notebook = '03_scoring', 'scoring'
     (tmp_path/'source'/name).mkdir(parents=True)
     (tmp_path/'source'/name/f'{notebook}.ipynb').write_bytes((SOURCE/name/f'{notebook}.ipynb').read_bytes())
-    config = Config()
+    config = PyFileConfigLoader('nbgrader_config.py', str(SOURCE.parent)).load_config()
     config.CourseDirectory.root, config.CourseDirectory.db_url = str(tmp_path), f'sqlite:///{tmp_path}/gradebook.db'
+    config.CourseDirectory.source_directory = str(tmp_path/'source')
     api = NbGraderAPI(config=config)
     done = api.generate_assignment(name)
     assert done['success'], done

@@ -5,7 +5,7 @@ import os, re, sys, tempfile
 from pathlib import Path
 import nbformat
 from nbgrader.apps import NbGraderAPI
-from traitlets.config import Config
+from traitlets.config import PyFileConfigLoader
 
 root = Path(__file__).resolve().parents[1]
 source = root/'nbs'/'exercises'/'source'
@@ -13,8 +13,8 @@ source = root/'nbs'/'exercises'/'source'
 
 def release(assignments, course):
     "The students' version of each assignment below `course`, a folder that is thrown away with its gradebook."
-    config = Config()
-    config.CourseDirectory.root, config.CourseDirectory.source_directory = str(course), str(source)
+    config = PyFileConfigLoader('nbgrader_config.py', str(source.parent)).load_config()
+    config.CourseDirectory.root = str(course)
     config.CourseDirectory.db_url = f'sqlite:///{course}/gradebook.db'
     api = NbGraderAPI(config=config)
     for name in assignments:
