@@ -33,7 +33,7 @@ class BlockAdapters(nn.Module):
     """The two adapters of one block: `.attention` follows the attention, `.mlp` follows the MLP.
 
     They stand on the residual stream, one after the other (slides: "residually attached"):
-    `x = x + attend(x); x = x + attention(x); x = x + mlp(x); x = x + mlp_adapter(x)`."""
+    `x = x + block.attend(x); x = x + adapters.attention(x); x = x + block.mlp(x); x = x + adapters.mlp(x)`."""
     def __init__(self, width:int, bottleneck:int|None=None):
         super().__init__()
         self.attention, self.mlp = Adapter(width, bottleneck), Adapter(width, bottleneck)

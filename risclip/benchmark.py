@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['WORK', 'bare_clip', 'multiply_adds', 'seconds', 'beside', 'Bench', 'peak_of_process', 'peak_memory', 'noise_set',
            'loader_rate', 'describe_device', 'step_batch', 'peak_rate', 'time_work', 'memory_of_work', 'conv_lever',
-           'channels_last_lever', 'levers', 'rounded', 'summary_of', 'benchmark', 'read_benchmarks', 'doubtful',
-           'table_of_benchmarks', 'draw_benchmarks']
+           'channels_last_lever', 'levers', 'explorer_seconds', 'rounded', 'summary_of', 'benchmark', 'read_benchmarks',
+           'doubtful', 'table_of_benchmarks', 'draw_benchmarks']
 
 # %% ../nbs/17_benchmark.ipynb #ce383307
-import json, math, platform, re, tempfile, time, warnings
+import itertools, json, math, platform, re, statistics, tempfile, time, warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from .clip import find_clip, load_clip
 from .decoder import conv_of_stretched, resize
+from .explorer import Explorer
 from .model import RISCLIP, written_whole
 from .plots import COLOURS
 from .refer import Batch, Refer, data_folder, images_folder, write_refer
@@ -112,11 +113,11 @@ def asked(self: Bench, cfe_layers=None, again=False):
     "One picture and phrase up to the mask, as a call; `again`: what needs no phrase is there already."
     model = RISCLIP(replace(self.s, cfe_layers=cfe_layers or self.s.cfe_layers), self.clip).to(self.device).eval().requires_grad_(False)
     pixels, tokens = self.batch.pixels[:1], self.batch.tokens[:1]
+    with torch.no_grad(), self.accelerator.autocast(): seen = model.see(pixels) if again else None
     @torch.no_grad()
     def compute():
         "One phrase."
         with self.accelerator.autocast(): return model(pixels, tokens, None, seen)
-    with torch.no_grad(), self.accelerator.autocast(): seen = model.see(pixels) if again else None
     return compute
 
 # %% ../nbs/17_benchmark.ipynb #820cd367
@@ -187,7 +188,7 @@ def loader_rate(s: Settings, clip) -> tuple:
         try: refer, what = Refer(s.data, s.split_by, root=s.root), s.data
         except FileNotFoundError: refer, what = noise_set(scratch, s), 'noise, 640 x 480'
         dataset = dataset_of(s, refer, 'train', clip, train=True)
-        dataset._most = 1                                                  # no picture is remembered
+        dataset._most = 1                                                  # ReferDataset keeps the last pictures; here it may keep one
         rows = list(range(min(96, len(dataset))))
         dataset[0]; begin = time.perf_counter()
         for row in rows: dataset[row]
@@ -259,6 +260,26 @@ def levers(bench: Bench, repeats: int) -> dict:
     rows = {f'conv_of_stretched {a}->{b}': conv_lever(a, b, bench.clip.grid, stretch, repeats, bench.device) for a, b in widths}
     return rows | dict(channels_last=channels_last_lever(bench, repeats))
 
+# %% ../nbs/17_benchmark.ipynb #dcb2d8a7
+def explorer_seconds(repeats: int) -> dict:
+    "Seconds until `Explorer` has answered: a new phrase at each rung, and at the last one a new scene; each the middle of so many tries."
+    page, phrases = Explorer(), itertools.cycle(('the ball', 'the suitcase below the green suitcase'))
+    def typed():
+        "Another phrase."
+        page.phrase.value = next(phrases)
+    def drawn():
+        "Another scene."
+        page.seed.value += 1
+    def middle(act):
+        "The middle time of `repeats` tries, after one that warms up."
+        act()
+        return statistics.median(seconds(act, 'cpu') for _ in range(repeats))
+    took = {}
+    for rung in page.predictors:
+        page.rung.value = rung
+        took[rung] = middle(typed)
+    return took | {'a new scene': middle(drawn)}
+
 # %% ../nbs/17_benchmark.ipynb #047b58df
 def rounded(found, digits=4):
     "Numbers with so many digits that count, however deep they lie."
@@ -277,7 +298,7 @@ def summary_of(wanted: Settings, s: Settings, rows: dict, memory: dict, rate: fl
 def benchmark(preset: str, folder=None, device=None, repeats=5, memory=True, progress=True, **changes) -> Path:
     """Measure a preset (with `changes`) beside the bare towers, and write `folder`/<device>-<preset>.json (None: data/benchmarks). Returns the file.
 
-    device: None takes a GPU if there is one; repeats: pairs a ratio is the middle of; memory: False leaves it out (it takes processes of its own)."""
+    device: None takes a GPU if there is one; repeats: pairs a ratio is the middle of; memory: False leaves it out (it takes processes of its own), and with the small CLIP the explorer's answers too."""
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     wanted = settings_of(preset, **changes)
     bench = Bench(replace(wanted, **step_batch(wanted, device)), device)
@@ -286,9 +307,10 @@ def benchmark(preset: str, folder=None, device=None, repeats=5, memory=True, pro
     rows, tried, size = time_work(bench, repeats, progress), levers(bench, repeats), bench.size
     del bench                                                               # its memory, before others are asked for theirs
     kept = memory_of_work(s, device) if memory else {}
+    page = explorer_seconds(repeats) if memory and s.clip == 'tinyclip' else {}
     settings = {name: getattr(s, name) for name in ('clip', 'batch', 'accumulate', 'recompute', 'precision', 'decoder_width')} | dict(size=size)
     result = dict(preset=preset, device=told, settings=settings, **summary_of(wanted, s, rows, kept, rate), pictures_a_second=dict(rate=rate, of=of),
-                  levers=tried, work=rows, memory=kept, repeats=repeats, versions=versions(), commit=git_commit())
+                  levers=tried, work=rows, memory=kept, explorer=page, repeats=repeats, versions=versions(), commit=git_commit())
     file = Path(folder or data_folder()/'benchmarks')/f'{told["slug"]}-{preset}.json'
     file.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(file) as new: new.write_text(json.dumps(rounded(result), indent=1) + '\n')

@@ -37,13 +37,13 @@ class CFE(nn.Module):
         super().__init__()
         self.norm_v, self.norm_t = nn.LayerNorm(width_image), nn.LayerNorm(width_text)
         self.v2s, self.t2s = nn.Linear(width_image, shared), nn.Linear(width_text, shared)   # W_v2s, W_t2s
-        self.image, self.text = Attention(shared, heads), Attention(shared, heads)
+        self.image, self.text = Attention(shared, heads), Attention(shared, heads)           # named after the side that asks
         self.s2v, self.s2t = nn.Linear(shared, width_image), nn.Linear(shared, width_text)   # W_s2v, W_s2t
         for last in (self.s2v, self.s2t): nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
 
     def forward(self, v:Tensor, t:Tensor, pad:Tensor|None=None, return_attention:bool=False):
         "v [B, N, width_image], t [B, T, width_text] -> the changes in both; see the class."
-        vs, ts = self.v2s(self.norm_v(v)), self.t2s(self.norm_t(t))        # eq 1     [B, N, E] [B, T, E]
+        vs, ts = self.v2s(self.norm_v(v)), self.t2s(self.norm_t(t))        # eq 1     [B, N, shared] [B, T, shared]
         vm = self.image(vs, ts, pad, return_attention)                     # eq 2     image queries text
         tm = self.text(ts, vs, None, return_attention)                     #          text queries image
         if not return_attention: return self.s2v(vm), self.s2t(tm)         # eq 3     [B, N, Dv] [B, T, Dt]
@@ -54,7 +54,7 @@ def meeting_blocks(n_image:int, n_text:int, layers:int|str|None=None) -> list[tu
     """Where the towers meet: [(image block, text block)], 0-based, a CFE runs *before* each of the pair.
 
     Text block k (counted from 1) meets image block round(k * n_image / n_text): 12 and 12 meet one to one,
-    24 and 12 meet at image blocks 2, 4, ..., 24. The shorter tower sets the pace.
+    24 and 12 meet at image blocks 2, 4, ..., 24 (mirrored where the image tower is the shorter one). The shorter tower sets the pace.
     layers: how many of the last meetings take place; None all of them, 'last half' the last half (rounded up).
     ValueError: layers is not one of these."""
     n = min(n_image, n_text)

@@ -43,7 +43,7 @@ class Level(nn.Module):
             nn.Conv2d(hidden, hidden, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(hidden))
 
     def forward(self, x:Tensor, head:nn.Module|None=None) -> Tensor:
-        "head: a 1x1 convolution to come after the level. It is taken before the upsampling, which gives the same and has fewer channels to stretch."
+        "head: a 1x1 convolution to come after the level (the last one has it, see `Decoder`). It is taken before the upsampling, which gives the same and has fewer channels to stretch."
         x = self.convs(x) if head is None else head(self.convs(x))
         return resize(x, (2*x.shape[-2], 2*x.shape[-1])) if self.upsample else x
 

@@ -42,7 +42,7 @@ class Sight:
 def drawn_sight(seed: int) -> Sight:
     "A new scene from a seed, with a phrase of each kind (appearance, place, relation) for each thing that has one."
     rng = np.random.default_rng(seed)
-    scene = random_scene(rng); seen = see(scene)
+    scene = random_scene(rng); seen = see(scene)                        # chapter 2: what can be said of each thing
     told = lambda i: [long_words(d, rng, scene.ground) for kind in ('appearance', 'place', 'relation') if (d := describe(rng, i, seen, kind))]
     return Sight(f'scene {seed}', Image.fromarray(scene.picture), [(thing.mask, told(i)) for i, thing in enumerate(scene.things)])
 
@@ -108,11 +108,15 @@ def png(picture: Image.Image) -> bytes:
 # %% ../nbs/15_explorer.ipynb #13f5bc66
 @torch.no_grad()
 def word_attention(model: RISCLIP, pixels, tokens) -> dict:
-    "{'CFE 1': [N, T], ..., 'SKE 1': ...}: for one picture [1, 3, S, S] and phrase [1, T], how much each image token (CLS first) looks at each text token."
+    "{'CFE 1': [N, T], ..., 'SKE 1': ...}: for one picture [1, 3, S, S] and phrase [1, T], how much each image token (CLS first) looks at each text token, averaged over the heads."
     kept, hooks = {}, []
     def listen(name, layer, key):
         "Note a layer's attention whenever it has run."
-        hooks.append(layer.register_forward_hook(lambda module, args, out: kept.update({name: module.forward(*args, return_attention=True)[-1][key][0]})))
+        def hook(module, args, out):
+            "`forward` and not the layer itself: that would call this hook again, without end."
+            *_, attention = module.forward(*args, return_attention=True)
+            kept[name] = attention[key][0]                              # of the only picture
+        hooks.append(layer.register_forward_hook(hook))
     for n, layer in enumerate(model.cfe, 1): listen(f'CFE {n}', layer, 'image')
     for n, layer in enumerate(model.ske, 1): listen(f'SKE {n}', layer, 'image->text')
     try: model.ground(pixels, tokens)

@@ -43,11 +43,11 @@ def attended(block, v, number, blocks, values):
 def raw_patches(clip, pixels, values='last', residual=False, mlp=False):
     """The patches of pixels [B, 3, S, S] in the joint space, [B, h*w, E]. Nothing is trained. `values`: see `attended`.
     `residual`, `mlp`: does the last block keep its skip connection, its MLP? (MaskCLIP keeps both; ClearCLIP, arXiv 2407.12442, neither.)"""
-    v, last = clip.image.embed(pixels), len(clip.image.blocks) - 1
+    v, final = clip.image.embed(pixels), len(clip.image.blocks) - 1          # final: the number of the last block
     for i, block in enumerate(clip.image.blocks):
-        delta = attended(block, v, i, last + 1, values)
-        v = v + delta if residual or i < last else delta
-        if mlp or i < last: v = v + block.mlp(v)
+        delta = attended(block, v, i, final + 1, values)
+        v = v + delta if (residual or i < final) else delta                  # without residual: only what was added
+        if mlp or i < final: v = v + block.mlp(v)
     return clip.image.project(v)[:, 1:]
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def miou_at(maps, masks, thresholds):
     K, total = len(thresholds), torch.zeros(len(thresholds), dtype=torch.float64)
     for few, truth in zip(maps.split(64), masks.split(64)):              # so many at a time: memory
         place = torch.bucketize(to_size(few, truth.shape[-2:]), thresholds, right=True)  # how many thresholds a pixel reaches, 0..K
-        place = (place + (K + 1)*torch.arange(len(few)).view(-1, 1, 1, 1)).flatten()
+        place = (place + (K + 1)*torch.arange(len(few)).view(-1, 1, 1, 1)).flatten()      # each map counts in K + 1 bins of its own
         predicted, hit = (torch.bincount(p, minlength=len(few)*(K + 1)).view(-1, K + 1).flip(1).cumsum(1).flip(1)[:, 1:]
                           for p in (place, place[truth.flatten()]))      # [few, K] pixels
         union = predicted + truth.flatten(1).sum(1, keepdim=True) - hit

@@ -257,10 +257,10 @@ def towers_of(clip: CLIPTowers, how: str, seed=0) -> CLIPTowers:
     return other
 
 # %% ../nbs/13_ladder.ipynb #1ad00071
-def rung_thresholds(model: RISCLIP, s: Settings, rungs, device) -> dict:
-    "Where the maps of these rungs are cut, chosen on 500 expressions of refmojig's train split (the mask: 0.5)."
+def rung_thresholds(model: RISCLIP, s: Settings, rungs, device, limit=500) -> dict:
+    "Where the maps of these rungs are cut, chosen on so many expressions of refmojig's train split (the mask: 0.5)."
     refer = Refer(s.data, root=refmoji_folder(s.root))
-    best = choose_thresholds(model, dataset_of(s, refer, 'train', model.clip, limit=500), device)
+    best = choose_thresholds(model, dataset_of(s, refer, 'train', model.clip, limit=limit), device)
     return {rung: best[dict(raw='raw', decoder='mask').get(rung, 'grounding')] for rung in rungs}
 
 # %% ../nbs/13_ladder.ipynb #1ad00015
@@ -377,7 +377,7 @@ def climb(job: Job, threads=None):
     seconds, model = time.perf_counter() - begin, load_risclip(Path(job.runs)/str(job), clip)
     for rung, place in job.places().items(): at_rung(model, rung).save(place, half=True)
     kept = load_risclip(place, clip).to(device)                              # of the highest rung, which has the lower one in it
-    thresholds = rung_thresholds(kept, s, rungs_of(job.run), device)
+    thresholds = rung_thresholds(kept, s, rungs_of(job.run), device, min(500, 4*(job.limit or 500)))
     rows, told = score_rungs(kept, s, rungs_of(job.run), thresholds, device, SCORED if job.keep == 'all' else {s.data: (s.test,)}, job.limit)
     history = Path(job.runs)/str(job)/'history.csv'
     for rung, place in job.places().items():

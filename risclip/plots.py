@@ -93,7 +93,10 @@ def show_mask(mask, ax, colour=COLOURS['referent'], alpha=.45):
     ax.imshow(tint, interpolation='nearest')
     ax.autoscale(False)
     if m.any():
-        line = ax.contour(np.arange(-1, m.shape[1]+1), np.arange(-1, m.shape[0]+1), np.pad(m, 1), [.5], colors=[colour], linewidths=1.5)
+        k = 1 + 200//max(m.shape)   # a small mask's pixels, each k by k times: the outline keeps their corners
+        fine = np.pad(m, 1).repeat(k, 0).repeat(k, 1)
+        y,x = ((np.arange(n) + .5)/k - 1.5 for n in fine.shape)
+        line = ax.contour(x, y, fine, [.5], colors=[colour], linewidths=1.5)
         line.set_path_effects([withStroke(linewidth=3, foreground='black')])
     _bare(ax)
     return ax
@@ -125,10 +128,13 @@ PARTS = dict(   # part -> colour, in the order of the way through the model
 
 def _lit(lit, known):
     "`lit` as a set of names, each one of `known`; 'all' is all of them."
-    names = set(known) if lit == 'all' else {lit} if isinstance(lit, str) else set(lit or ())
+    if lit == 'all': names = set(known)
+    elif isinstance(lit, str): names = {lit}
+    else: names = set(lit or ())
     for name in names-set(known):
         near = difflib.get_close_matches(str(name), known, 1)
-        raise ValueError(f'nothing here is called {name!r}' + (f', did you mean {near[0]!r}?' if near else '') + f' There are: {", ".join(known)}')
+        meant = f', did you mean {near[0]!r}?' if near else ''
+        raise ValueError(f'nothing here is called {name!r}{meant} There are: {", ".join(known)}')
     return names
 
 # %% ../nbs/00_plots.ipynb #70733c45
@@ -222,7 +228,7 @@ def draw_pipeline(lit=(), ax=None):
 # %% ../nbs/00_plots.ipynb #41524805
 PAPER_LADDER = dict(raw=23.86, adapters=48.29, cfe=60.58, ske=62.64, decoder=68.0)   # mIoU in percent, CLIP ViT-B/16, RefCOCOg (umd) test
 # Source: Kim et al., "Extending CLIP's Image-Text Alignment to Referring Image Segmentation", NAACL 2024, arXiv:2306.08498.
-# The first four are one ablation; the last is the full model in the table of results, so that the same protocol is likely, not certain.
+# The first four are one ablation (the same model with parts left away); the last is the full model in the table of results, so that the same protocol is likely, not certain.
 
 def draw_ladder(ours, paper=PAPER_LADDER, ax=None, lit=None):
     """Bars of mIoU in percent, ours beside the paper's -> the axis. `ours`: dict rung -> mIoU, or None; rungs not measured yet have no bar.

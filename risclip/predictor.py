@@ -235,6 +235,7 @@ def stored_threshold(folder: Path, model: RISCLIP) -> float:
     if model.decoder is not None: return .5
     name = 'raw' if model.settings.rung == 'raw' else 'grounding'
     for place in (folder, folder.parent) if folder.name == 'model' else (folder,):
+        # metrics.json of a run (chapter 12), run.json of a rung of the ladder (chapter 13)
         for file, find in ('metrics.json', lambda m: m['thresholds'][name]), ('run.json', lambda m: m['threshold']):
             try: found = float(find(json.loads((place/file).read_text())))
             except (OSError, KeyError, TypeError, ValueError): continue

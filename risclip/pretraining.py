@@ -60,10 +60,11 @@ def _told(rng, seen, ground: str, shares):
     colour, size, named_ground = shares
     order = rng.permutation(len(seen.category))[:int(rng.choice([1, 2, 3], p=[.3, .4, .3]))]
     first = _said(rng, int(order[0]), seen, anchored=rng.random() < .6, shares=shares)
-    wording = [long_words, long_words, short_words, plain_words][int(rng.integers(4))] if len(order) == 1 else [long_words, short_words][int(rng.integers(2))]
+    wordings = [long_words, long_words, short_words, plain_words] if len(order) == 1 else [long_words, short_words]
+    wording = wordings[int(rng.integers(len(wordings)))]
     if wording is plain_words and (first.place or first.relation): wording = short_words
     others = [article(noun_phrase(describe_looks(rng, int(i), seen, colour=colour, size=size), rng), rng, .2) for i in order[1:]]
-    if not first.place and not first.relation and others:
+    if not first.place and not first.relation and others:                # a list: 'a red dog, a cup and a blue car'
         others = [article(noun_phrase(first, rng), rng, .2)] + others
         words = ', '.join(others[:-1]) + ' and ' + others[-1]
     else: words = ' and '.join([wording(first, rng, ground)] + others)
@@ -116,7 +117,7 @@ class PretrainSettings:
     text_blocks: int = 5
     context: int = 32           # text tokens
     head_width: int = 32
-    scenes: int = 40_000        # pictures drawn; each epoch words them anew
+    scenes: int = 40_000        # pictures drawn; each step words its own anew
     held_out: int = 512         # pictures for retrieval, never trained on
     start: str = None           # folder of a small CLIP to go on from; None: a new one
     shares: tuple = RICH        # what captions name, and how often

@@ -9,6 +9,7 @@ __all__ = ['PUBLISHED_COUNTS', 'COCO_CATEGORIES', 'MARKS', 'data_folder', 'image
 
 # %% ../nbs/01_refer.ipynb #990445af
 import hashlib, io, json, operator, os, pickle, random, re, tempfile, warnings
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -56,27 +57,55 @@ _names = {
 COCO_CATEGORIES = {first+i: word.replace('_', ' ') for first, words in _names.items() for i, word in enumerate(words.split())}
 
 # %% ../nbs/01_refer.ipynb #47b0c979
-class _PlainUnpickler(pickle._Unpickler):  # the one in Python: the one in C sets aside any memory that a damaged file names
+class _PlainUnpickler(pickle._Unpickler):  # the slow one, in Python: the one in C would reserve as much memory as a damaged file asks for
     "Lists, dicts, text and numbers have opcodes of their own. What asks for a name could run code: refused."
     def find_class(self, module, name):
         "Refuse whatever is no plain value. Raises UnpicklingError naming it."
         raise pickle.UnpicklingError(f'it asks for {module}.{name}')
 
-def read_refs(path) -> list:
-    """The list of refs in a `refs(*).p`, written by Python 2 or 3. Nothing in the file is run.
-
-    Raises FileNotFoundError, or ValueError naming the file and what is wrong with it (with the name that it asked for)."""
-    content, refs = Path(path).read_bytes(), None
+def _unpickled(path, content):
+    "The plain values in the bytes of a pickle, whichever Python wrote it; see `read_refs`."
     for encoding in ('utf-8', 'latin1'):  # of Python 2's byte strings
-        try: refs = _PlainUnpickler(io.BytesIO(content), encoding=encoding).load(); break
+        try: return _PlainUnpickler(io.BytesIO(content), encoding=encoding).load()
         except UnicodeDecodeError: continue
         except Exception as e:
             raise ValueError(f'{path} was refused: {e}. Only lists, dicts, text and numbers are read; '
                              'get the file again from a source that you trust.') from e
-    keys = {'ref_id', 'ann_id', 'image_id', 'split', 'sentences'}
-    if not isinstance(refs, list) or not all(isinstance(ref, dict) and keys <= ref.keys() for ref in refs):
-        raise ValueError(f'{path} is not a list of refs (dicts with {", ".join(sorted(keys))}).')
+
+
+# %% ../nbs/01_refer.ipynb #6a1c423e
+_KEYS = {'ref_id', 'ann_id', 'image_id', 'split', 'sentences'}
+def _are_refs(found): return isinstance(found, list) and all(isinstance(ref, dict) and _KEYS <= ref.keys() for ref in found)
+
+def _kept_refs(file, checksum):
+    "The refs that `file` keeps of the pickle with this checksum, or None."
+    try: kept = json.loads(file.read_bytes())
+    except (OSError, ValueError): return None                          # not there, or not whole
+    return kept['refs'] if isinstance(kept, dict) and kept.get('sha256') == checksum and _are_refs(kept.get('refs')) else None
+
+def _keep_refs(file, checksum, refs):
+    "Keep them for the next time, if JSON can say them and the folder may be written."
+    part = file.with_name(f'{file.name}.{os.getpid()}')
+    try:
+        text = json.dumps(dict(sha256=checksum, refs=refs))
+        if json.loads(text)['refs'] == refs: part.write_text(text, encoding='utf-8'); part.replace(file)
+    except (OSError, TypeError, ValueError, RecursionError):
+        with suppress(OSError): part.unlink(missing_ok=True)
+
+def read_refs(path) -> list:
+    """The list of refs in a `refs(*).p`, written by Python 2 or 3. Nothing in the file is run. It is kept beside it as `refs(*).json`, for the next time.
+
+    Raises FileNotFoundError, or ValueError naming the file and what is wrong with it (with the name that it asked for)."""
+    path = Path(path)
+    content, file = path.read_bytes(), path.with_suffix('.json')
+    checksum = hashlib.sha256(content).hexdigest()
+    refs = _kept_refs(file, checksum)
+    if refs is None:
+        refs = _unpickled(path, content)
+        if not _are_refs(refs): raise ValueError(f'{path} is not a list of refs (dicts with {", ".join(sorted(_KEYS))}).')
+        _keep_refs(file, checksum, refs)
     return refs
+
 
 # %% ../nbs/01_refer.ipynb #82b394db
 def _polygons(segmentation, size, name):
@@ -93,19 +122,19 @@ def _polygons(segmentation, size, name):
 
 # %% ../nbs/01_refer.ipynb #5d17c772
 def run_lengths(counts) -> np.ndarray:
-    """The run lengths in COCO's `counts`: a list, or their text of five bits a letter, from the third on as differences.
+    """The run lengths in COCO's `counts`: a list, or their text of five bits a letter, from the fourth on as differences.
 
     Runs go down the columns, of background and thing in turn. pycocotools does not check their sum, so a reader has to."""
     if isinstance(counts, list): return np.asarray(counts, dtype=np.int64)
     bits = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8).astype(np.int64) - 48
     if not bits.size or bits.min() < 0 or bits.max() > 63 or bits[-1] & 32: raise ValueError(f'{counts[:20]!r} is no text of runs')
     last = bits & 32 == 0                       # the letter that ends its number
-    start = np.flatnonzero(np.r_[True, last[:-1]])
-    place = np.arange(len(bits)) - np.repeat(start, np.diff(np.r_[start, len(bits)]))
+    start = np.flatnonzero(np.r_[True, last[:-1]])     # where each number begins
+    place = np.arange(len(bits)) - np.repeat(start, np.diff(np.r_[start, len(bits)]))     # of each letter in its number: 0, 1, ...
     if place.max() > 11: raise ValueError(f'{counts[:20]!r} holds a run that is too long')
-    runs = np.add.reduceat((bits & 31) << 5*place, start)
-    runs -= np.where(bits[last] & 16, 1 << 5*(place[last]+1), 0)
-    for first in (1, 2): runs[first::2] = np.cumsum(runs[first::2])
+    runs = np.add.reduceat((bits & 31) << 5*place, start)           # five bits each, put together
+    runs -= np.where(bits[last] & 16, 1 << 5*(place[last]+1), 0)      # the highest bit is set: a negative number
+    for first in (1, 2): runs[first::2] = np.cumsum(runs[first::2])     # the differences, added up
     return runs
 
 # %% ../nbs/01_refer.ipynb #3ada6bdd

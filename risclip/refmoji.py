@@ -322,7 +322,7 @@ def gaps(masks) -> np.ndarray:
     return out
 
 def see(scene: Scene) -> Seen:
-    "Measure a scene. What is half hidden or cut has no clear size."
+    "Measure a scene. What is in part hidden or cut is never clearly small."
     things, (H, W) = scene.things, scene.picture.shape[:2]
     clearly, perhaps = np.array([colour_shares(scene.picture[t.mask]) for t in things]).transpose(1, 0, 2)  # [n, 6] each
     colour = judge_colours(clearly, perhaps)
@@ -330,7 +330,7 @@ def see(scene: Scene) -> Seen:
     x, y = np.array([xs.mean()/W for _, xs in spots]), np.array([ys.mean()/H for ys, _ in spots])
     side = np.array([max(np.ptp(ys), np.ptp(xs)) + 1 for ys, xs in spots])/min(H, W)
     whole = np.array([t.visible > .85 for t in things])
-    large, small = _judge(side, .46, .36), _judge(-side, -.37, -.46)
+    large, small = _judge(side, .46, .36), _judge(-side, -.37, -.46)     # small: the same judge, upside down
     large = np.where(whole | (large == YES), large, UNCLEAR)
     small = np.where(whole, small, np.minimum(small, UNCLEAR))
     unit = (H + W)/2

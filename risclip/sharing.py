@@ -24,8 +24,8 @@ def run_facts(folder) -> dict:
     "{settings, versions, ...} and {metrics} of a run's folder or of a shipped model's: what of `config.json`, `run.json` and `metrics.json` is there."
     folder, facts = Path(folder), {}
     for name in ('config.json', 'run.json', 'metrics.json'):
-        for file in (folder/name, folder.parent/name if folder.name == 'model' else folder/name):
-            try: found = json.loads(file.read_text())
+        for place in (folder, folder.parent) if folder.name == 'model' else (folder,):
+            try: found = json.loads((place/name).read_text())
             except (OSError, ValueError): continue
             if name == 'metrics.json': facts['metrics'] = found
             elif 'versions' in found: facts |= {key: found[key] for key in ('settings', 'versions') if key in found}

@@ -8,8 +8,8 @@ __all__ = ['MINIATURE', 'PRESETS', 'BACKBONES', 'UNTOLD', 'COLUMNS', 'TABLE', 'n
            'dataset_of', 'patch_label', 'losses', 'together', 'stage_losses', 'shares', 'batches', 'runs_folder',
            'room_for', 'check_folder', 'versions', 'git_commit', 'filled', 'Run', 'read_history', 'bar_of',
            'step_losses', 'fit', 'train_stages', 'maps_of', 'choose_thresholds', 'shared_out', 'all_rows', 'score',
-           'report', 'measure', 'table', 'train', 'draw_history', 'draw_predictions', 'saved_bytes', 'step_memory',
-           'describe_run', 'run_folder', 'risclip_train', 'risclip_evaluate']
+           'report', 'measure', 'table', 'train', 'draw_history', 'draw_predictions', 'saved_bytes', 'kept_memory',
+           'step_memory', 'describe_run', 'run_folder', 'risclip_train', 'risclip_evaluate']
 
 # %% ../nbs/12_training.ipynb #e64f9c7a
 import csv, difflib, errno, io, json, math, os, platform, shutil, subprocess, sys, tempfile
@@ -240,7 +240,7 @@ def check_folder(folder: Path, room: int):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as f: f.write(b'.')
-    except OSError as e: raise OSError(e.errno, f'{folder} cannot be written ({e.strerror}): give another folder') from e
+    except OSError as e: raise OSError(e.errno, f'{folder} cannot be written ({"it is a file" if folder.is_file() else e.strerror}): give another folder') from e
     free = shutil.disk_usage(folder).free
     if free < room: raise OSError(errno.ENOSPC, f'{folder} has {free >> 20} MiB left on its disk, a run may need {room >> 20}: make room, or give another folder')
 
@@ -547,7 +547,7 @@ def draw_history(file):
             ax.plot(steps, values, color=COLOURS[colour], lw=.6, alpha=.3)
             ax.plot(steps[window - 1:], np.convolve(values, np.ones(window)/window, 'valid'), style, color=COLOURS[colour], lw=1.8, label=name)
         ax.set(xlabel='step', title=f'stage {stage}', ylim=(0, None)); ax.spines[['top', 'right']].set_visible(False)
-        ax.legend(frameon=False, fontsize=8)
+        ax.xaxis.get_major_locator().set_params(integer=True); ax.legend(frameon=False, fontsize=8)
     return figure
 
 # %% ../nbs/12_training.ipynb #ac5a016d
@@ -555,11 +555,11 @@ def _draw_row(figure, refer, e, maps, thresholds):
     "One expression: its phrase, the truth, and each map [1, 1, h, w] with its IoU."
     figure.suptitle(e.text, fontsize=10)
     axes, picture, truth = figure.subplots(1, 1 + len(maps)), refer.picture(e.image_id), refer.mask(e.ann_id)
-    show_mask(truth, show_picture(picture, axes[0])).set_title('referent', fontsize=9)
+    show_mask(truth, show_picture(picture, axes[0]), alpha=0).set_title('referent', fontsize=9)
     for ax, (name, value) in zip(axes[1:], maps.items()):
         prediction = (to_size(value, truth.shape) >= thresholds[name])[0, 0].cpu().numpy()
-        if name == 'mask': show_mask(prediction, show_picture(picture, ax), colour=COLOURS['prediction'])
-        else: show_map(value[0], ax, picture)
+        if name == 'mask': show_mask(prediction, show_picture(picture, ax), colour=COLOURS['prediction'], alpha=.2)
+        else: show_mask(prediction, show_map(value[0], ax, picture), colour='white', alpha=0)       # the line: where it is cut
         title = dict(raw='raw', grounding='stage 1', mask='mask')[name]
         ax.set_title(f'{title}, IoU {Row(*intersection_and_union(prediction, truth)).iou:.2f}', fontsize=9)
 
@@ -587,14 +587,19 @@ def saved_bytes(model, compute) -> int:
     return sum(size for place, size in kept.items() if place not in weights and result is not None)
 
 # %% ../nbs/12_training.ipynb #b86097f0
-def step_memory(model: RISCLIP, s: Settings, stage: int, pixels, tokens) -> int:
-    "Bytes that a step of a stage takes in 32 bits, from one picture [1, 3, S, S] and phrase [1, T]: weights, gradients, AdamW's averages, and what the backward pass keeps for a part of the batch."
-    parameters, size = model.train_stage(*(1, 2) if together(s) else (stage,)), model.clip.size
+def kept_memory(model: RISCLIP, s: Settings, stage: int, pixels, tokens) -> int:
+    "Bytes that a stage keeps for the backward pass of one picture [1, 3, S, S] and phrase [1, T]."
+    learns, size = model.train_stage(*(1, 2) if together(s) else (stage,)), model.clip.size
     batch = Batch(pixels, tokens, torch.zeros(1, 1, size, size), None)
     model.recompute = s.recompute
     asked = lambda: model(pixels, tokens) if stage == 2 or together(s) else Output(model.ground(pixels, tokens)[1], None)     # stage 1 has no decoder yet
-    kept = saved_bytes(model.train(), lambda: stage_losses(s, stage, asked(), batch, model.clip.grid)['loss']) if parameters else 0
-    return 4*sum(p.numel() for p in model.parameters()) + 3*4*sum(p.numel() for p in parameters) + kept*(s.batch if stage == 1 else s.batch2)//s.accumulate
+    return saved_bytes(model.train(), lambda: stage_losses(s, stage, asked(), batch, model.clip.grid)['loss']) if learns else 0
+
+def step_memory(model: RISCLIP, s: Settings, stage: int, pixels, tokens, kept: int | None = None) -> int:
+    "Bytes that a step of a stage takes in float32: weights, gradients, AdamW's averages, and for each picture of a part of the batch what is `kept` (None: `kept_memory` counts it)."
+    kept = kept_memory(model, s, stage, pixels, tokens) if kept is None else kept
+    learns = model.train_stage(*(1, 2) if together(s) else (stage,))
+    return 4*sum(p.numel() for p in model.parameters()) + 3*4*sum(p.numel() for p in learns) + kept*(s.batch if stage == 1 else s.batch2)//s.accumulate
 
 def describe_run(s: Settings) -> str:
     "What a run would be, in text: shapes, numbers trained and frozen, memory of a step, steps. Needs no data and no trained weights."
@@ -607,7 +612,7 @@ def describe_run(s: Settings) -> str:
     count = lambda *stages: sum(p.numel() for name, p in model.named_parameters() if stage_of(name) in stages)
     lines += [f'frozen        {count(0):>14,} numbers', f'stage 1 trains{count(1)*s.has("calibrated"):>14,}', f'stage 2 trains{count(2):>14,}']
     for stage, steps, on in (1, s.stage1_steps, s.has('calibrated')), (2, s.stage2_steps, s.has('decoder') and not together(s)):
-        if on: lines.append(f'stage {stage}: {steps:,} steps of {s.batch if stage == 1 else s.batch2}, {step_memory(model, s, stage, pixels, tokens)/2**30:.1f} GiB a step in 32 bits')
+        if on: lines.append(f'stage {stage}: {steps:,} steps of {s.batch if stage == 1 else s.batch2}, {step_memory(model, s, stage, pixels, tokens)/2**30:.1f} GiB a step in float32')
     return '\n'.join(lines)
 
 # %% ../nbs/12_training.ipynb #8d6c348c

@@ -3,7 +3,8 @@ import json, math
 from dataclasses import replace
 import open_clip, pytest, torch
 from conftest import ROOT
-from risclip.benchmark import WORK, Bench, beside, loader_rate, multiply_adds, read_benchmarks, table_of_benchmarks
+from risclip.benchmark import WORK, Bench, beside, explorer_seconds, loader_rate, multiply_adds, read_benchmarks, table_of_benchmarks
+from risclip.explorer import rung_predictors
 from risclip.model import RISCLIP
 from risclip.training import settings_of
 
@@ -54,6 +55,14 @@ def test_a_busy_moment_is_no_result():
     try: found = beside(lambda: None, lambda: None, 5, 'cpu')
     finally: b.seconds = held
     assert found == dict(ratio=2, floor=1, seconds=2)
+
+
+def test_the_explorer_answers_within_half_a_second():
+    "Each rung is asked here; how long it takes is what the benchmark has written, not what this busy moment says."
+    asked = explorer_seconds(1)
+    assert list(asked) == [*rung_predictors(), 'a new scene'] and all(took > 0 for took in asked.values())
+    measured = [one['explorer'] for one in read_benchmarks() if one['settings']['clip'] == 'tinyclip' and one['device']['kind'] == 'cpu']
+    assert measured and all(took <= .5 for one in measured for took in one.values())
 
 
 def test_the_loader_is_measured_without_the_data(tmp_path):

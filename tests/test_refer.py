@@ -102,6 +102,39 @@ def test_python3_pickles_too(tmp_path, protocol):
     refs = [a_ref(note=b'bytes' if protocol > 2 else 'text')]
     assert by_hand(tmp_path, refs, pickled=pickle.dumps(refs, protocol))().expressions('train')[0].text == 'red ball'
 
+def test_what_was_read_is_kept_beside_the_pickle(tmp_path, monkeypatch):
+    "The second time nothing is unpickled; a pickle that has changed is read again; what is torn, of another file, or no refs at all is not believed."
+    path, kept = tmp_path/'refs(unc).p', tmp_path/'refs(unc).json'
+    unpickled = []
+    load = refer_module._PlainUnpickler.load
+    monkeypatch.setattr(refer_module._PlainUnpickler, 'load', lambda self: unpickled.append(1) or load(self))
+    path.write_bytes(python2([a_ref()]))
+    first = read_refs(path)
+    assert read_refs(path) == first and len(unpickled) == 1
+    path.write_bytes(python2([a_ref(), a_ref(2, 2, 2)]))
+    assert len(read_refs(path)) == 2 and len(unpickled) == 2
+    whole = kept.read_text()
+    for spoilt in (whole[:-9], '[]', '{}', whole.replace('ref_id', 'ref'), whole.replace(json.loads(whole)['sha256'], '0'*64), '{"sha256": 3, "refs": []}'):
+        kept.write_text(spoilt)
+        assert len(read_refs(path)) == 2 and kept.read_text() == whole
+    assert len(unpickled) == 8 and sorted(f.name for f in tmp_path.iterdir()) == [kept.name, path.name]
+
+
+def test_what_json_cannot_say_is_not_kept(tmp_path):
+    for n, more in enumerate((dict(note=b'bytes'), {3: 4}, dict(note=float('nan')), dict(note=(1, 2)))):
+        path = tmp_path/f'refs({n}).p'
+        path.write_bytes(pickle.dumps([a_ref(**more) if 'note' in more else a_ref() | more], 4))
+        read_refs(path); assert read_refs(path)[0]['ref_id'] == 1
+    assert not list(tmp_path.glob('*.json'))
+
+
+def test_a_folder_that_cannot_be_written_is_no_trouble(tmp_path, monkeypatch):
+    path = tmp_path/'refs(unc).p'
+    path.write_bytes(python2([a_ref()]))
+    def full(*args, **kw): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(Path, 'write_text', full)
+    assert read_refs(path) == read_refs(path) and [f.name for f in tmp_path.iterdir()] == [path.name]
+
 # ---------------------------------------------------------------- hostile pickles
 
 RAN = []

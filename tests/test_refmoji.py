@@ -210,6 +210,7 @@ def test_nothing_is_described_by_itself(sets, split):
 def test_every_expression_is_true_of_one_thing(sets, name, split):
     refer = sets[name]
     es = sorted(refer.expressions(split), key=lambda e: e.image_id)       # a picture is looked at once
+    if split == 'train': es = [e for e in es if e.image_id % 3 == 0]      # for time: a third of the pictures; of the others all
     wrong = [f'{e.text!r}: thing {e.ann_id} in picture {e.image_id}' for e in es if not agrees(refer, e)]
     assert len(es) > 900 and not wrong, f'{len(wrong)} of {len(es)}: ' + '; '.join(wrong[:20])
 

@@ -92,6 +92,7 @@ def test_readme_is_fresh(tmp_path):
 
 def test_readme_links_lead_somewhere():
     text = (ROOT/'README.md').read_text(encoding='utf-8')
+    assert text.count('](README_files/') >= 7 and '![png]' not in text                 # each picture in words (fig-alt)
     files = {f.as_posix() for f in source_files()}
     folders = {p.as_posix() for f in files for p in Path(f).parents}
     for link in re.findall(r'\]\((?![a-z]+:|#)([^)\s#]+)', text): assert link.rstrip('/') in files | folders, link

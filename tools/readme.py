@@ -8,6 +8,7 @@ from nbformat import from_dict
 from nbformat.v4.rwbase import rejoin_lines
 
 root = Path(__file__).resolve().parents[1]
+FIG_ALT = re.compile(r'^#\| fig-alt: (.+)\n', re.M)      # Quarto's own: what a picture shows, for those who cannot see it
 
 
 class ReadmeFilter(FilterDefaults):
@@ -25,8 +26,9 @@ def readme(folder):
     ReadmeFilter()(nb)
     front = nb.frontmatter_
     head = f"<!-- Made from nbs/index.ipynb by `make export`: edit that. -->\n\n# {front['title']}\n\n> {front['description']}\n"
-    cells = [c for c in nb.cells if c.cell_type != 'raw']
-    for c in cells:
+    cells, alts = [c for c in nb.cells if c.cell_type != 'raw'], {}
+    for i, c in enumerate(cells):
+        if c.cell_type == 'code' and (alt := FIG_ALT.search(c.source)): alts[str(i)], c.source = alt[1], FIG_ALT.sub('', c.source)
         if c.cell_type == 'markdown': c.source = from_root(c.source)
         elif '#| echo: false' in c.source: c.metadata['transient'] = dict(remove_source=True)
     nb = rejoin_lines(from_dict(dict(cells=cells, metadata=dict(nb.metadata), nbformat=4, nbformat_minor=5)))
@@ -35,6 +37,7 @@ def readme(folder):
     for name,data in extra.get('outputs', {}).items():
         (folder/name).parent.mkdir(exist_ok=True)
         (folder/name).write_bytes(data)
+    body = re.sub(r'!\[png\]\((README_files/README_(\d+)_\d+\.png)\)', lambda m: f'![{alts.get(m[2], "png")}]({m[1]})', body)
     (folder/'README.md').write_text(head+'\n'+re.sub(r'\n{3,}', '\n\n', body).strip()+'\n', encoding='utf-8')
 
 
