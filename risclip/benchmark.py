@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WORK', 'bare_clip', 'multiply_adds', 'seconds', 'beside', 'Bench', 'peak_of_process', 'peak_memory', 'noise_set',
            'loader_rate', 'describe_device', 'step_batch', 'peak_rate', 'time_work', 'memory_of_work', 'conv_lever',
-           'channels_last_lever', 'levers', 'explorer_seconds', 'rounded', 'summary_of', 'benchmark', 'read_benchmarks',
-           'doubtful', 'table_of_benchmarks', 'draw_benchmarks']
+           'channels_last_lever', 'compiled_lever', 'levers', 'explorer_seconds', 'rounded', 'summary_of', 'benchmark',
+           'read_benchmarks', 'doubtful', 'table_of_benchmarks', 'draw_benchmarks']
 
 # %% ../nbs/17_benchmark.ipynb #ce383307
 import itertools, json, math, platform, re, statistics, tempfile, time, warnings
@@ -253,12 +253,19 @@ def channels_last_lever(bench: Bench, repeats: int) -> dict:
         ways.append(lambda decoder=decoder, v=v: decoder(v, v[0][:, :1], bench.size))
     with torch.no_grad(): return dict(inference=beside(*ways, repeats, bench.device)['ratio'])
 
-def levers(bench: Bench, repeats: int) -> dict:
+def compiled_lever(bench: Bench, repeats: int) -> dict:
+    "Time of inference behind `torch.compile` beside the plain way, and the seconds of its first call, in which it compiles."
+    plain = bench.asked()
+    fast = torch.compile(plain)
+    return dict(first_call=seconds(fast, bench.device), inference=beside(plain, fast, repeats, bench.device)['ratio'])
+
+def levers(bench: Bench, repeats: int, compiled=False) -> dict:
     "{lever: its time beside the plain way}; below 1 is a gain."
     stretch = 2**(math.ceil(math.log2(bench.clip.patch)) - 1)                # to what the last level works at
     widths = (bench.s.decoder_width,)*2, (bench.clip.width_image + 128, 128)
     rows = {f'conv_of_stretched {a}->{b}': conv_lever(a, b, bench.clip.grid, stretch, repeats, bench.device) for a, b in widths}
-    return rows | dict(channels_last=channels_last_lever(bench, repeats))
+    rows['channels_last'] = channels_last_lever(bench, repeats)
+    return rows | (dict(compiled=compiled_lever(bench, repeats)) if compiled else {})
 
 # %% ../nbs/17_benchmark.ipynb #dcb2d8a7
 def explorer_seconds(repeats: int) -> dict:
@@ -295,16 +302,17 @@ def summary_of(wanted: Settings, s: Settings, rows: dict, memory: dict, rate: fl
                 hours=dict(stage1=hours(1, wanted.stage1_steps), stage2=hours(2, wanted.stage2_steps)))
 
 # %% ../nbs/17_benchmark.ipynb #ca329082
-def benchmark(preset: str, folder=None, device=None, repeats=5, memory=True, progress=True, **changes) -> Path:
+def benchmark(preset: str, folder=None, device=None, repeats=5, memory=True, progress=True, compiled=False, **changes) -> Path:
     """Measure a preset (with `changes`) beside the bare towers, and write `folder`/<device>-<preset>.json (None: data/benchmarks). Returns the file.
 
-    device: None takes a GPU if there is one; repeats: pairs a ratio is the middle of; memory: False leaves it out (it takes processes of its own), and with the small CLIP the explorer's answers too."""
+    device: None takes a GPU if there is one; repeats: pairs a ratio is the middle of; memory: False leaves it out (it takes processes of its own), and with the small CLIP the explorer's answers too;
+    compiled: time `torch.compile` as well."""
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     wanted = settings_of(preset, **changes)
     bench = Bench(replace(wanted, **step_batch(wanted, device)), device)
     s, told = bench.s, describe_device(device)
     rate, of = loader_rate(wanted, bench.clip)
-    rows, tried, size = time_work(bench, repeats, progress), levers(bench, repeats), bench.size
+    rows, tried, size = time_work(bench, repeats, progress), levers(bench, repeats, compiled), bench.size
     del bench                                                               # its memory, before others are asked for theirs
     kept = memory_of_work(s, device) if memory else {}
     page = explorer_seconds(repeats) if memory and s.clip == 'tinyclip' else {}
