@@ -552,7 +552,7 @@ def beyond_folder(place, what, pictures=200, seed=0) -> Path:
 
 # %% ../nbs/13_ladder.ipynb #1ad00048
 def pair_groups(refer, split='test') -> dict:
-    "{sent_id: 'lost pair' or 'other colour'} of the expressions whose referent clearly has a colour; those of no clear colour are left out."
+    "{sent_id: 'lost pair' or 'other colour'} of the expressions whose referent may have the lost colour, or clearly has another one; the rest are left out."
     groups, seen = {}, {}
     for e in refer.expressions(split):
         if e.ann_id not in seen:

@@ -46,7 +46,7 @@ class ModelSettings:
     ske_layers: int = 6              # layers of SKE (inferred)
     ske_hidden: int | None = 256     # of SKE's MLP; None: half the width (inferred)
     ske_aligned: bool = False        # SKE's attentions start as CLIP's own comparison (ours); False: at random (not said)
-    ske_positions: bool = False      # SKE's image tokens carry their places (ours, measured on the miniature)
+    ske_positions: bool = False      # SKE's image tokens carry their places (ours, for the miniature)
     features: tuple = (1, 2, 3, 4)   # the image blocks, counted from 1, whose outputs are v1..v4 (slides)
     decoder_width: int = 64          # channels of the decoder (ours)
     scale: float = math.exp(2.7)     # where the learnt scale starts (ours)

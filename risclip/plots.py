@@ -228,7 +228,7 @@ def draw_pipeline(lit=(), ax=None):
 # %% ../nbs/00_plots.ipynb #41524805
 PAPER_LADDER = dict(raw=23.86, adapters=48.29, cfe=60.58, ske=62.64, decoder=68.0)   # mIoU in percent, CLIP ViT-B/16, RefCOCOg (umd) test
 # Source: Kim et al., "Extending CLIP's Image-Text Alignment to Referring Image Segmentation", NAACL 2024, arXiv:2306.08498.
-# The first four are one ablation (the same model with parts left away); the last is the full model in the table of results, so that the same protocol is likely, not certain.
+# The first four are one ablation (the same model with parts left away); the last is the full model, from tables that compare methods, so that the same protocol is likely, not certain.
 
 def draw_ladder(ours, paper=PAPER_LADDER, ax=None, lit=None):
     """Bars of mIoU in percent, ours beside the paper's -> the axis. `ours`: dict rung -> mIoU, or None; rungs not measured yet have no bar.

@@ -196,6 +196,7 @@ def each(self: Predictor, phrases):
     phrases, size, seen = check_phrases(phrases), self.picture.size[::-1], self.seen
     tokens = self.model.clip.tokenize(phrases) if phrases else []
     for n, position in enumerate(eos_position(tokens).tolist() if phrases else [], 1):
+        # 1: the end right after the start, and no token between
         if position == 1: raise ValueError(f'phrase {n}, {phrases[n - 1]!r}, has no words for CLIP: say what to look for')
     for i in range(0, len(phrases), self.batch):
         for phrase, (fine, grounding) in zip(phrases[i:], _maps(self.model, seen, tokens[i:i + self.batch])):

@@ -46,7 +46,7 @@ def _said(rng, i, seen, anchored, shares) -> Description:
     fits = np.full(len(seen.category), YES)
     options = [dict(relation=r, anchor=describe_looks(rng, j, seen, colour=colour, size=size))
                for j in range(len(fits)) if j != i for r in RELATIONS if related(r, j, fits, seen)[i] == YES]
-    alone = np.where(np.arange(len(fits)) == i, YES, -YES)
+    alone = np.where(np.arange(len(fits)) == i, YES, NO)
     places = [dict(place=p) for p in PLACES if placed(p, alone, seen)[i] == YES]
     options = [o for o in (options, places) if o]
     if options:
