@@ -82,6 +82,17 @@ def test_outputs_are_committed(path):
         assert 'application/vnd.jupyter.widget-view+json' not in data, 'a widget (a progress bar?) is left in the outputs'
 
 
+def test_cells_that_import_do_nothing_else():
+    "nbdev's docs run the cells that export or import, and no others: what else stands in such a cell would miss what it needs."
+    for path in sorted((ROOT/'nbs').glob('*.ipynb')):
+        for cell in nbformat.read(path, 4).cells:
+            alone = cell.id == 'a0000001' or path.stem == 'index'                # the cell that installs; the first page's own
+            if cell.cell_type != 'code' or alone or '#| export' in cell.source: continue
+            nodes = list(ast.walk(ast.parse(cell.source)))
+            imports = any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in nodes)
+            assert not imports or not any(isinstance(node, (ast.Expr, ast.Assign)) for node in nodes), f'{path.name}, cell {cell.id}'
+
+
 def test_readme_is_fresh(tmp_path):
     run(sys.executable, ROOT/'tools'/'readme.py', tmp_path, cwd=ROOT)
     committed = {f.as_posix(): (ROOT/f).read_bytes() for f in source_files() if f.name == 'README.md' and len(f.parts) == 1 or f.parts[0] == 'README_files'}
