@@ -10,14 +10,16 @@ RUN    := $(PY) -m papermill -k python3 --no-progress-bar --stdout-file - --stde
 # A notebook's kernel is that of .venv, whatever else is installed.
 export JUPYTER_PREFER_ENV_PATH = 1
 
-.PHONY: help install data train pretrain ladder studies benchmark test lab export site assignments clean
+.PHONY: help install data train pretrain ladder studies benchmark test outputs lab export site assignments clean
 
 help:
 	@echo 'make install    .venv with everything in it (at most 10 minutes)'
 	@echo 'make train      install, build RefMoji, train in two stages into runs/$(PRESET) (20 minutes on two cores)'
-	@echo 'make test       install, and run every test (15 minutes on two cores)'
+	@echo 'make test       install, and run the tests; notebooks whose outputs are those of today are not run again (TEST_TIME)'
+	@echo 'make test ALL=1 the same with every notebook (ALL_TIME)'
 	@echo 'make lab        open the notebooks in JupyterLab'
 	@echo 'make export     notebooks -> risclip/, cleaned notebooks, README.md'
+	@echo 'make outputs    run the notebooks whose outputs are of other code or data, and keep what comes out'
 	@echo 'make pretrain   train the small CLIP again (an hour and a half on two cores, minutes on a GPU)'
 	@echo 'make ladder     train and score every rung with three seeds into data/ladder/ (2 hours on two cores; SEEDS=7 takes another)'
 	@echo 'make studies    the open choices, and a CLIP without its alignment, beside the ladder (2 hours on two cores)'
@@ -62,7 +64,10 @@ benchmark: data
 	for preset in $(BENCHED); do $(RUN) nbs/runs/benchmark.ipynb runs/benchmark/$$preset.ipynb -p preset $$preset || exit 1; done
 
 test: data
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist worksteal --durations 15
+	$(if $(ALL),ALL=1 )OMP_NUM_THREADS=1 $(PY) -m pytest tests -n 2 --dist loadgroup --durations 15
+
+outputs: data
+	$(PY) tools/execute.py
 
 lab: install
 	$(PY) -m jupyter lab nbs
@@ -72,6 +77,7 @@ export: install
 	$(VENV)/bin/nbdev_export
 	$(VENV)/bin/nbdev_clean
 	$(PY) tools/readme.py
+	@$(PY) tools/stamps.py || true
 
 $(VENV)/site: settings.ini constraints.txt | install
 	$(PY) -m pip install -e '.[site]' -c constraints.txt

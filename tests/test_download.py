@@ -1,4 +1,5 @@
-"Getting the data, over real HTTP from a server on this machine: places that fail, torn files, kills, a full disk, what lies elsewhere."
+"""Getting the data, over real HTTP from a server on this machine: places that fail, torn files,
+kills, a full disk, what lies elsewhere."""
 import errno, io, os, re, shutil, stat, subprocess, sys, threading
 from collections import namedtuple
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,9 +13,13 @@ from PIL import Image
 
 import risclip.download as download
 from conftest import ROOT
-from risclip.download import (MIRRORS, check_room, fetch, get_annotations, get_data, install, picture_fault, picture_faults, report, risclip_data,
-                              take_pictures, unpack)
-from risclip.refer import images_folder, write_refer
+from risclip.archives import fetch, unpack
+from risclip.download import (
+    MIRRORS, get_annotations, get_data, install, picture_fault, picture_faults, report,
+    risclip_data, take_pictures)
+from risclip.files import require_free_space
+from risclip.refer import images_folder
+from risclip.writer import write_refer
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*differs from what was published')
 N = 8
@@ -25,27 +30,41 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args): pass
     def do_GET(self):
         s, start = self.server, int(self.headers.get('Range', 'bytes=0-')[6:-1])
-        with s.lock: s.asked.append((self.path, start)); cut = s.cut.pop(self.path, None)
+        with s.lock:
+            s.asked.append((self.path, start))
+            cut = s.cut.pop(self.path, None)
         page = s.pages.get(self.path, 404)
-        if isinstance(page, int): self.send_response(page); self.send_header('Content-Length', '0'); self.end_headers(); return
-        if start and start >= len(page): self.send_response(416); self.send_header('Content-Length', '0'); self.end_headers(); return
+        if isinstance(page, int):
+            self.send_response(page)
+            self.send_header('Content-Length', '0')
+            self.end_headers()
+            return
+        if start and start >= len(page):
+            self.send_response(416)
+            self.send_header('Content-Length', '0')
+            self.end_headers()
+            return
         if not s.ranges: start = 0
         self.send_response(206 if start else 200)
-        self.send_header('Content-Length', str(len(page)-start)); self.end_headers()
+        self.send_header('Content-Length', str(len(page)-start))
+        self.end_headers()
         self.wfile.write(page[start:][:cut])
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setenv('NO_PROXY', '127.0.0.1'); monkeypatch.setenv('no_proxy', '127.0.0.1')
+    monkeypatch.setenv('NO_PROXY', '127.0.0.1')
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
     s = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
     s.pages, s.cut, s.asked, s.ranges, s.lock = {}, {}, [], True, threading.Lock()
     s.url = f'http://127.0.0.1:{s.server_port}'
     threading.Thread(target=s.serve_forever, kwargs=dict(poll_interval=.02), daemon=True).start()
-    for name in MIRRORS: monkeypatch.setitem(MIRRORS, name, [f'{s.url}/{i}/{name}.zip' for i in range(3)])
+    for name in MIRRORS:
+        monkeypatch.setitem(MIRRORS, name, [f'{s.url}/{i}/{name}.zip' for i in range(3)])
     monkeypatch.setattr(download, 'PICTURES', f'{s.url}/train2014')
     monkeypatch.setattr(download, 'PICTURES_ZIP', f'{s.url}/train2014.zip')
     yield s
-    s.shutdown(); s.server_close()
+    s.shutdown()
+    s.server_close()
 
 def zipped(files):
     with ZipFile(out := io.BytesIO(), 'w', ZIP_DEFLATED) as z:
@@ -56,26 +75,32 @@ def zipped(files):
 def made(tmp_path_factory):
     "A folder as a user may have it: refcoco/ and train2014/, in RefCOCO's files."
     folder = tmp_path_factory.mktemp('made')
-    photographs = folder/'train2014'; photographs.mkdir()
+    photographs = folder/'train2014'
+    photographs.mkdir()
     def example(i):
         noise = np.random.default_rng(i).integers(0, 255, (30, 40, 3), dtype=np.uint8)
         Image.fromarray(noise).save(photographs/NAMES[i])
-        mask = np.zeros((30, 40), bool); mask[5:20, i:i+10] = True
-        return dict(picture=photographs/NAMES[i], image_id=i+1, split=('train', 'val', 'testA', 'testB')[i % 4],
+        mask = np.zeros((30, 40), bool)
+        mask[5:20, i:i+10] = True
+        return dict(picture=photographs/NAMES[i], image_id=i+1,
+                    split=('train', 'val', 'testA', 'testB')[i % 4],
                     objects=[dict(mask=mask, category='dog', expressions=['the dog', 'left one'])])
     write_refer(folder, 'refcoco', 'unc', map(example, range(N)), images=photographs)
     shutil.copy(folder/'refcoco'/'refs(unc).p', folder/'refcoco'/'refs(google).p')
     return folder
 
-def annotations(made): return {f'refcoco/{p.name}': p.read_bytes() for p in (made/'refcoco').iterdir()}
+def annotations(made):
+    return {f'refcoco/{p.name}': p.read_bytes() for p in (made/'refcoco').iterdir()}
 def photographs(made): return {name: (made/'train2014'/name).read_bytes() for name in NAMES}
 
 @pytest.fixture
 def shelf(server, made):
     "All is well: the third place has the archive, and the pictures are there."
-    server.pages |= {'/0/refcoco.zip': 404, '/1/refcoco.zip': b'<!DOCTYPE html><html>sorry</html>', '/2/refcoco.zip': zipped(annotations(made))}
+    server.pages |= {'/0/refcoco.zip': 404, '/1/refcoco.zip': b'<!DOCTYPE html><html>sorry</html>',
+                     '/2/refcoco.zip': zipped(annotations(made))}
     server.pages |= {f'/train2014/{name}': content for name, content in photographs(made).items()}
-    server.pages['/train2014.zip'] = zipped({f'train2014/{name}': content for name, content in photographs(made).items()} | {'train2014/other.jpg': b'x'})
+    in_zip = {f'train2014/{name}': content for name, content in photographs(made).items()}
+    server.pages['/train2014.zip'] = zipped(in_zip | {'train2014/other.jpg': b'x'})
     return server
 
 def get(root, **keys): return get_data('refcoco', root, progress=False, **keys)
@@ -83,7 +108,9 @@ def asked(server, part): return sorted(path for path, _ in server.asked if part 
 
 def whole(root, made):
     assert {p.name: p.read_bytes() for p in (root/TRAIN2014).iterdir()} == photographs(made)
-    assert {f'refcoco/{p.name}': p.read_bytes() for p in (root/'refcoco').iterdir() if not p.match('refs(*).json')} == annotations(made)     # those: kept by the reader
+    # those: kept by the reader
+    assert {f'refcoco/{p.name}': p.read_bytes() for p in (root/'refcoco').iterdir()
+            if not p.match('refs(*).json')} == annotations(made)
     return {p.name for p in root.iterdir()} == {'refcoco', 'images', '.risclip_data.lock'}
 
 # ---------------------------------------------------------------- the network
@@ -99,14 +126,17 @@ def test_places_in_turn(shelf, made, tmp_path):
 def test_no_place_has_it(shelf, tmp_path):
     shelf.pages['/2/refcoco.zip'] = shelf.pages['/2/refcoco.zip'][:-30]
     with pytest.raises(ConnectionError) as e: get(tmp_path)
-    for words in ('/0/refcoco.zip answers 404', '/1/refcoco.zip is a web page', '/2/refcoco.zip is a torn zip', f'refcoco.zip into {tmp_path}', '--from FOLDER'):
+    for words in ('/0/refcoco.zip answers 404', '/1/refcoco.zip is a web page',
+                  '/2/refcoco.zip is a torn zip', f'refcoco.zip into {tmp_path}', '--from FOLDER'):
         assert words in str(e.value)
-    assert {p.name for p in tmp_path.iterdir()} == {'.risclip_data.lock'}       # nothing to trip over
+    # nothing to trip over
+    assert {p.name for p in tmp_path.iterdir()} == {'.risclip_data.lock'}
     shelf.pages['/0/refcoco.zip'] = b''
     with pytest.raises(ConnectionError, match='0/refcoco.zip is empty'): get(tmp_path)
 
 def test_a_zip_with_other_bytes_is_found(shelf, made, tmp_path):
-    torn = bytearray(shelf.pages['/2/refcoco.zip']); torn[len(torn)//2] ^= 255
+    torn = bytearray(shelf.pages['/2/refcoco.zip'])
+    torn[len(torn)//2] ^= 255
     shelf.pages['/2/refcoco.zip'] = bytes(torn)
     with pytest.raises(ConnectionError, match='2/refcoco.zip is a damaged zip'): get(tmp_path)
 
@@ -114,41 +144,50 @@ def test_a_zip_with_other_bytes_is_found(shelf, made, tmp_path):
 def test_goes_on_in_the_middle_of_an_archive(server, tmp_path, ranges):
     content = zipped({'a': np.random.default_rng(0).bytes(200_000)})
     server.pages['/a.zip'], server.cut['/a.zip'], server.ranges = content, 100_000, ranges
-    with pytest.raises(ConnectionError, match='a.zip fails'): fetch([f'{server.url}/a.zip'], tmp_path/'a.zip', progress=False)
+    with pytest.raises(ConnectionError, match='a.zip fails'):
+        fetch([f'{server.url}/a.zip'], tmp_path/'a.zip', progress=False)
     there = (tmp_path/'a.zip.part').stat().st_size
     assert 50_000 < there < 200_000 and not (tmp_path/'a.zip').exists()
     assert fetch([f'{server.url}/a.zip'], tmp_path/'a.zip', progress=False).read_bytes() == content
-    assert server.asked == [('/a.zip', 0), ('/a.zip', there)] and [p.name for p in tmp_path.iterdir()] == ['a.zip']
+    assert server.asked == [('/a.zip', 0), ('/a.zip', there)]
+    assert [p.name for p in tmp_path.iterdir()] == ['a.zip']
 
 @pytest.mark.parametrize('part, again', [(1.0, 0), (1.5, 2)])
 def test_a_part_that_is_complete_or_too_long(server, tmp_path, part, again):
     content = server.pages['/a.zip'] = zipped({'a': bytes(1000)})
-    (tmp_path/'a.zip.part').write_bytes((content + content)[:int(len(content)*part)] if part == 1 else b'x'*int(len(content)*part))
-    assert fetch([f'{server.url}/a.zip']*2, tmp_path/'a.zip', progress=False).read_bytes() == content
+    (tmp_path/'a.zip.part').write_bytes((content + content)[:int(len(content)*part)] if part == 1
+                                        else b'x'*int(len(content)*part))
+    assert fetch([f'{server.url}/a.zip']*2, tmp_path/'a.zip',
+                 progress=False).read_bytes() == content
     assert len(server.asked) == again
 
 def offline(monkeypatch):
     for name in MIRRORS: monkeypatch.setitem(MIRRORS, name, ['http://127.0.0.1:9/x.zip'])
-    monkeypatch.setattr(download, 'PICTURES', 'http://127.0.0.1:9'); monkeypatch.setattr(download, 'PICTURES_ZIP', 'http://127.0.0.1:9/train2014.zip')
+    monkeypatch.setattr(download, 'PICTURES', 'http://127.0.0.1:9')
+    monkeypatch.setattr(download, 'PICTURES_ZIP', 'http://127.0.0.1:9/train2014.zip')
 
 def test_offline(made, tmp_path, monkeypatch, server):
     offline(monkeypatch)
     with pytest.raises(ConnectionError) as e: get(tmp_path)
     said = str(e.value)
     assert f'refcoco.zip into {tmp_path}, from' in said and 'http://127.0.0.1:9/x.zip' in said
-    assert f'train2014.zip (13 GB) into {tmp_path}/images/mscoco, from' in said and str(tmp_path/TRAIN2014) in said
-    (tmp_path/'refcoco.zip').write_bytes(zipped(annotations(made)))             # by hand, as it says
+    assert f'train2014.zip (13 GB) into {tmp_path}/images/mscoco, from' in said
+    assert str(tmp_path/TRAIN2014) in said
+    # by hand, as it says
+    (tmp_path/'refcoco.zip').write_bytes(zipped(annotations(made)))
     with pytest.raises(ConnectionError, match='no picture could be fetched') as e: get(tmp_path)
     assert 'By hand' in str(e.value) and (tmp_path/'refcoco'/'instances.json').exists()
     (tmp_path/'images'/'mscoco').mkdir(parents=True, exist_ok=True)
-    (tmp_path/'images'/'mscoco'/'train2014.zip').write_bytes(zipped({f'train2014/{name}': content for name, content in photographs(made).items()}))
+    (tmp_path/'images'/'mscoco'/'train2014.zip').write_bytes(zipped({
+        f'train2014/{name}': content for name, content in photographs(made).items()}))
     assert get(tmp_path)[1] == {}
 
 def test_gives_up_where_nothing_comes(shelf, tmp_path, monkeypatch):
     monkeypatch.setattr(download, 'GIVE_UP', 3)
     for name in NAMES: shelf.pages[f'/train2014/{name}'] = 404
     with pytest.raises(ConnectionError, match='the last answers 404'): get(tmp_path, workers=1)
-    assert len(asked(shelf, 'train2014')) <= 5*3                                 # three tries each; one or two were under way
+    # three tries each; one or two were under way
+    assert len(asked(shelf, 'train2014')) <= 5*3
 
 # ---------------------------------------------------------------- the pictures
 
@@ -159,28 +198,40 @@ import os, sys, risclip.download as d
 d.MIRRORS['refcoco'], d.PICTURES = [{shelf.url!r} + '/2/refcoco.zip'], {shelf.url!r} + '/train2014'
 held, calls = d.picture_fault, iter(range(99))
 def dying(file, size):
-    if str(file).endswith('.new') and next(calls) == 3: os._exit(9)              # fetched, and not yet renamed
+    fetched = str(file).endswith('.new')                            # and not yet renamed
+    if fetched and next(calls) == 3: os._exit(9)
     return held(file, size)
 d.picture_fault = dying
 d.get_data('refcoco', {str(tmp_path/'data')!r}, workers=1, progress=False)''')
-    assert subprocess.run([sys.executable, '-W', 'ignore', script], env=os.environ | {'PYTHONPATH': str(ROOT)}).returncode == 9
+    assert subprocess.run([sys.executable, '-W', 'ignore', script],
+                          env=os.environ | {'PYTHONPATH': str(ROOT)}).returncode == 9
     images = tmp_path/'data'/TRAIN2014
-    assert sorted(p.name for p in images.glob('*.jpg')) == NAMES[:3] and len(list(images.glob('*.new'))) == 1
-    (images/NAMES[0]).write_bytes(photographs(made)[NAMES[0]][:-200]); (images/NAMES[4]).touch(); (images/NAMES[5]).write_bytes(b'<html>sorry')
+    assert sorted(p.name for p in images.glob('*.jpg')) == NAMES[:3]
+    assert len(list(images.glob('*.new'))) == 1
+    (images/NAMES[0]).write_bytes(photographs(made)[NAMES[0]][:-200])
+    (images/NAMES[4]).touch()
+    (images/NAMES[5]).write_bytes(b'<html>sorry')
     before = {name: (images/name).stat().st_ino for name in NAMES[1:3]}
     shelf.asked.clear()
     assert get(tmp_path/'data')[1] == {} and whole(tmp_path/'data', made)
-    assert asked(shelf, 'jpg') == [f'/train2014/{NAMES[i]}' for i in (0, 3, 4, 5, 6, 7)] and asked(shelf, 'zip') == []
+    assert asked(shelf, 'jpg') == [f'/train2014/{NAMES[i]}' for i in (0, 3, 4, 5, 6, 7)]
+    assert asked(shelf, 'zip') == []
     assert {name: (images/name).stat().st_ino for name in before} == before
 
 def test_some_pictures_do_not_come(shelf, made, tmp_path):
     good = dict(shelf.pages)
-    shelf.pages |= {f'/train2014/{NAMES[1]}': 503, f'/train2014/{NAMES[2]}': b'<html>sorry', f'/train2014/{NAMES[3]}': good[f'/train2014/{NAMES[3]}'][:300]}
-    shelf.cut[f'/train2014/{NAMES[4]}'] = 50                                     # once: the second try gets it
+    shelf.pages |= {f'/train2014/{NAMES[1]}': 503, f'/train2014/{NAMES[2]}': b'<html>sorry',
+                    f'/train2014/{NAMES[3]}': good[f'/train2014/{NAMES[3]}'][:300]}
+    # once: the second try gets it
+    shelf.cut[f'/train2014/{NAMES[4]}'] = 50
     refer, faults = get(tmp_path)
-    assert list(faults) == NAMES[1:4] and faults[NAMES[1]] == 'is not there (answers 503)' and 'is a web page, not a picture)' in faults[NAMES[2]]
-    assert 'pictures: 5 whole, 3 missing, 0 damaged' in report(refer, faults) and NAMES[1] in report(refer, faults)
-    shelf.pages |= good; shelf.asked.clear()
+    assert list(faults) == NAMES[1:4]
+    assert faults[NAMES[1]] == 'is not there (answers 503)'
+    assert 'is a web page, not a picture)' in faults[NAMES[2]]
+    assert 'pictures: 5 whole, 3 missing, 0 damaged' in report(refer, faults)
+    assert NAMES[1] in report(refer, faults)
+    shelf.pages |= good
+    shelf.asked.clear()
     assert get(tmp_path)[1] == {} and whole(tmp_path, made)
     assert asked(shelf, '/') == [f'/train2014/{name}' for name in NAMES[1:4]]
 
@@ -193,9 +244,11 @@ def test_the_check(made, tmp_path):
     (refer.images/NAMES[2]).write_bytes(photographs(made)[NAMES[2]][:-100])
     (refer.images/NAMES[3]).write_bytes(b'')
     faults = picture_faults(refer, progress=False)
-    assert list(faults) == NAMES[:4] and faults[NAMES[1]] == 'is 40 x 30 instead of 30 x 40 (height x width)'
+    assert list(faults) == NAMES[:4]
+    assert faults[NAMES[1]] == 'is 40 x 30 instead of 30 x 40 (height x width)'
     assert 'torn' in faults[NAMES[2]] and 'empty' in faults[NAMES[3]]
-    assert 'pictures: 4 whole, 1 missing, 3 damaged or of another size' in report(refer, faults) and 'val: 2 images, 2 objects, 4 expressions' in report(refer, faults)
+    assert 'pictures: 4 whole, 1 missing, 3 damaged or of another size' in report(refer, faults)
+    assert 'val: 2 images, 2 objects, 4 expressions' in report(refer, faults)
 
 @pytest.mark.parametrize('mode', ['L', 'CMYK'])
 def test_pictures_of_every_kind_pass(tmp_path, mode):
@@ -203,68 +256,89 @@ def test_pictures_of_every_kind_pass(tmp_path, mode):
     assert picture_fault(tmp_path/'a.jpg', (30, 40)) is None
 
 def test_a_picture_with_a_note_to_turn_it(tmp_path):
-    note = Image.Exif(); note[0x0112] = 8
+    note = Image.Exif()
+    note[0x0112] = 8
     Image.new('RGB', (40, 30)).save(tmp_path/'a.jpg', exif=note)
-    assert picture_fault(tmp_path/'a.jpg', (30, 40)) is None and picture_fault(tmp_path/'a.jpg', (40, 30)) is None
-    assert picture_fault(tmp_path/'a.jpg', (41, 30)) == 'is 30 x 40 instead of 41 x 30 (height x width)'
+    assert picture_fault(tmp_path/'a.jpg', (30, 40)) is None
+    assert picture_fault(tmp_path/'a.jpg', (40, 30)) is None
+    fault = 'is 30 x 40 instead of 41 x 30 (height x width)'
+    assert picture_fault(tmp_path/'a.jpg', (41, 30)) == fault
 
 def test_a_picture_name_that_leads_elsewhere(made, tmp_path):
     shutil.copytree(made/'refcoco', tmp_path/'refcoco')
     file = tmp_path/'refcoco'/'instances.json'
     file.write_text(file.read_text().replace(NAMES[0], '../../escape.jpg'))
-    with pytest.raises(ValueError, match=r"instances.json names a picture '../../escape.jpg'"): get(tmp_path)
+    with pytest.raises(ValueError, match=r"instances.json names a picture '../../escape.jpg'"):
+        get(tmp_path)
 
 def test_counts_that_differ_warn(made, tmp_path):
-    with pytest.warns(UserWarning, match=r'train has \(2, 2, 4\) instead of \(16994, 42404, 120624\)'): get_annotations('refcoco', tmp_path, made)
+    with pytest.warns(UserWarning,
+                      match=r'train has \(2, 2, 4\) instead of \(16994, 42404, 120624\)'):
+        get_annotations('refcoco', tmp_path, made)
 
 # ---------------------------------------------------------------- archives
 
-@pytest.mark.parametrize('entry', ['../out', 'refcoco/../../out', '/out', '//host/out', 'C:\\out', '..\\out', 'link'])
+@pytest.mark.parametrize('entry', ['../out', 'refcoco/../../out', '/out', '//host/out', 'C:\\out',
+                                   '..\\out', 'link'])
 def test_an_entry_that_leads_out(shelf, made, tmp_path, entry):
-    info = ZipInfo('x'); info.filename = info.orig_filename = entry
+    info = ZipInfo('x')
+    info.filename = info.orig_filename = entry
     if entry == 'link': info.external_attr = (stat.S_IFLNK | 0o777) << 16
     root = tmp_path/'deep'/'data'
     shelf.pages['/2/refcoco.zip'] = zipped(annotations(made) | {info: b'/etc/passwd'})
     with pytest.raises(ValueError, match='refused: its entry ' + re.escape(repr(entry))): get(root)
-    assert not (root/'refcoco').exists() and not list(tmp_path.rglob('out*')) and not list(tmp_path.rglob('link'))
+    assert not (root/'refcoco').exists()
+    assert not list(tmp_path.rglob('out*'))
+    assert not list(tmp_path.rglob('link'))
     shelf.pages['/2/refcoco.zip'] = zipped(annotations(made))
-    assert get(root)[1] == {}                                                    # the bad one is out of the way
+    # the bad one is out of the way
+    assert get(root)[1] == {}
 
 def test_an_archive_of_something_else(tmp_path, made):
     (tmp_path/'refcoco.zip').write_bytes(zipped({'refcoco/notes.txt': 'hello'}))
-    with pytest.raises(ValueError, match='refcoco.zip is not what it should be'): get_annotations('refcoco', tmp_path/'data', tmp_path)
+    with pytest.raises(ValueError, match='refcoco.zip is not what it should be'):
+        get_annotations('refcoco', tmp_path/'data', tmp_path)
     assert list((tmp_path/'data').iterdir()) == []
     torn = annotations(made) | {'refcoco/instances.json': b'{"images": ['}
     (tmp_path/'refcoco.zip').write_bytes(zipped(torn))
-    with pytest.raises(ValueError, match='instances.json is not whole'): install(tmp_path/'refcoco.zip', tmp_path/'data'/'refcoco')
+    with pytest.raises(ValueError, match='instances.json is not whole'):
+        install(tmp_path/'refcoco.zip', tmp_path/'data'/'refcoco')
     (tmp_path/'refcoco.zip').write_text('<html>')
-    with pytest.raises(ValueError, match='refcoco.zip is a web page, not a zip'): install(tmp_path/'refcoco.zip', tmp_path/'data'/'refcoco')
+    with pytest.raises(ValueError, match='refcoco.zip is a web page, not a zip'):
+        install(tmp_path/'refcoco.zip', tmp_path/'data'/'refcoco')
 
 def test_what_cannot_be_read_is_kept_aside(shelf, made, tmp_path, capsys):
     get(tmp_path)
     (tmp_path/'refcoco'/'instances.json').write_text('<html>')
     (tmp_path/'refcoco.zip').write_text('<html>by hand')
     assert get(tmp_path)[1] == {}
-    assert (tmp_path/'refcoco.bad1'/'instances.json').read_text() == '<html>' and (tmp_path/'refcoco.zip.bad1').exists()
-    assert 'refcoco.zip is a web page, not a zip. It is kept as' in capsys.readouterr().out
+    assert (tmp_path/'refcoco.bad1'/'instances.json').read_text() == '<html>'
+    assert (tmp_path/'refcoco.zip.bad1').exists()
+    assert 'refcoco.zip is a web page, not a zip. It is now' in capsys.readouterr().out
 
 # ---------------------------------------------------------------- room
 
 def test_no_room(shelf, made, tmp_path, monkeypatch):
-    def left(free): monkeypatch.setattr(shutil, 'disk_usage', lambda path: namedtuple('usage', 'total used free')(10**12, 0, free))
+    def left(free):
+        monkeypatch.setattr(shutil, 'disk_usage',
+                            lambda path: namedtuple('usage', 'total used free')(10**12, 0, free))
     left(100)
     with pytest.raises(OSError, match=f'{re.escape(str(tmp_path))}.* make room') as e: get(tmp_path)
     assert e.value.errno == errno.ENOSPC and not isinstance(e.value, ConnectionError)
-    assert not any(p.stat().st_size for p in tmp_path.iterdir())                 # asked before the first byte
-    left(10**6)                                                                  # enough for annotations, not for N pictures
+    # asked before the first byte
+    assert not any(p.stat().st_size for p in tmp_path.iterdir())
+    # enough for annotations, not for N pictures
+    left(10**6)
     shelf.asked.clear()
     with pytest.raises(OSError, match='train2014 needs 1 MB') as e: get(tmp_path)
-    assert e.value.errno == errno.ENOSPC and (tmp_path/'refcoco').exists() and asked(shelf, 'jpg') == []
+    assert e.value.errno == errno.ENOSPC
+    assert (tmp_path/'refcoco').exists()
+    assert asked(shelf, 'jpg') == []
     left(10**9)
     assert get(tmp_path)[1] == {}
     left(10)
     with pytest.raises(OSError, match='make room'): unpack_all(zipped({'a': bytes(1000)}), tmp_path)
-    with pytest.raises(OSError, match='make room'): check_room(tmp_path/'not'/'yet', 11)
+    with pytest.raises(OSError, match='make room'): require_free_space(tmp_path/'not'/'yet', 11)
 
 def unpack_all(content, folder):
     (folder/'some.zip').write_bytes(content)
@@ -277,67 +351,96 @@ def test_from_a_folder(made, tmp_path, monkeypatch, server, zips):
     offline(monkeypatch)
     mine, before = made, photographs(made)
     if zips:
-        mine = tmp_path/'mine'; mine.mkdir()
+        mine = tmp_path/'mine'
+        mine.mkdir()
         (mine/'refcoco.zip').write_bytes(zipped(annotations(made)))
-        (mine/'train2014.zip').write_bytes(zipped({f'train2014/{name}': content for name, content in before.items()} | {'train2014/other.jpg': b'x'}))
-    kept = {p: p.stat().st_mtime_ns for p in mine.rglob('*') if p.is_file()}
+        in_zip = {f'train2014/{name}': content for name, content in before.items()}
+        (mine/'train2014.zip').write_bytes(zipped(in_zip | {'train2014/other.jpg': b'x'}))
+    times = {p: p.stat().st_mtime_ns for p in mine.rglob('*') if p.is_file()}
     assert get(tmp_path/'data', from_=str(mine))[1] == {} and whole(tmp_path/'data', made)
-    assert {p: p.stat().st_mtime_ns for p in mine.rglob('*') if p.is_file()} == kept
-    if not zips: assert os.path.samefile(made/'train2014'/NAMES[0], tmp_path/'data'/TRAIN2014/NAMES[0])
+    assert {p: p.stat().st_mtime_ns for p in mine.rglob('*') if p.is_file()} == times
+    if not zips:
+        assert os.path.samefile(made/'train2014'/NAMES[0], tmp_path/'data'/TRAIN2014/NAMES[0])
 
 def test_from_another_disk(made, tmp_path, monkeypatch):
     def no(*args): raise OSError(errno.EXDEV, 'Invalid cross-device link')
     monkeypatch.setattr(os, 'link', no)
     refer = get_annotations('refcoco', tmp_path, made)
     take_pictures(refer, NAMES, made, progress=False)
-    assert picture_faults(refer, progress=False) == {} and not os.path.samefile(made/'train2014'/NAMES[0], refer.images/NAMES[0])
+    assert picture_faults(refer, progress=False) == {}
+    assert not os.path.samefile(made/'train2014'/NAMES[0], refer.images/NAMES[0])
 
 def test_from_has_only_a_part(shelf, made, tmp_path):
-    mine = tmp_path/'mine'/'train2014'; mine.mkdir(parents=True)
+    mine = tmp_path/'mine'/'train2014'
+    mine.mkdir(parents=True)
     for name in NAMES[:3]: shutil.copy(made/'train2014'/name, mine)
     (mine/NAMES[3]).write_bytes(b'torn')
     assert get(tmp_path/'data', from_=tmp_path/'mine')[1] == {} and whole(tmp_path/'data', made)
-    assert asked(shelf, 'jpg') == [f'/train2014/{name}' for name in NAMES[3:]] and (mine/NAMES[3]).read_bytes() == b'torn'
+    assert asked(shelf, 'jpg') == [f'/train2014/{name}' for name in NAMES[3:]]
+    assert (mine/NAMES[3]).read_bytes() == b'torn'
 
 @pytest.mark.parametrize('name', ['refcoco.zip', 'train2014.zip'])
 def test_a_bad_zip_of_the_user_is_named_and_stays(shelf, tmp_path, name):
     (tmp_path/name).write_bytes(b'<html>')
-    with pytest.raises(ValueError, match=f'{name} is a web page, not a zip. Get it again, or leave out --from'): get(tmp_path/'data', from_=tmp_path)
+    with pytest.raises(ValueError,
+                       match=f'{name} is a web page, not a zip. Get it again, or leave out --from'):
+        get(tmp_path/'data', from_=tmp_path)
     assert (tmp_path/name).read_bytes() == b'<html>'
 
 def test_the_whole_zip(shelf, made, tmp_path):
     assert get(tmp_path, whole_zip=True)[1] == {} and asked(shelf, 'jpg') == []
-    assert {p.name for p in (tmp_path/TRAIN2014).iterdir()} == set(NAMES) and (tmp_path/'images'/'mscoco'/'train2014.zip').exists()
-    damaged = zipped({f'train2014/{NAMES[0]}': bytes(10**5)}).replace(NAMES[0].encode(), NAMES[1].encode(), 1)
-    (tmp_path/'images'/'mscoco'/'train2014.zip').write_bytes(damaged); (tmp_path/TRAIN2014/NAMES[0]).unlink()
-    assert get(tmp_path)[1] == {} and (tmp_path/'images'/'mscoco'/'train2014.zip.bad1').exists()      # set aside; the picture came alone
+    assert {p.name for p in (tmp_path/TRAIN2014).iterdir()} == set(NAMES)
+    assert (tmp_path/'images'/'mscoco'/'train2014.zip').exists()
+    damaged = zipped({f'train2014/{NAMES[0]}': bytes(10**5)}).replace(
+        NAMES[0].encode(), NAMES[1].encode(), 1)
+    (tmp_path/'images'/'mscoco'/'train2014.zip').write_bytes(damaged)
+    (tmp_path/TRAIN2014/NAMES[0]).unlink()
+    # set aside; the picture came alone
+    assert get(tmp_path)[1] == {} and (tmp_path/'images'/'mscoco'/'train2014.zip.bad1').exists()
 
 # ---------------------------------------------------------------- the command
 
 def test_command(shelf, made, tmp_path, capsys):
     risclip_data('refcoco', root=str(tmp_path))
     assert 'pictures: 8 whole, 0 missing' in capsys.readouterr().out
-    (tmp_path/TRAIN2014/NAMES[0]).unlink(); shelf.asked.clear()
-    with pytest.raises(SystemExit, match='1 pictures are missing or not right: run it without --check'): risclip_data('refcoco', root=str(tmp_path), check=True)
-    assert shelf.asked == [] and f'{NAMES[0]} is not there' in capsys.readouterr().out
-    with FileLock(tmp_path/'.risclip_data.lock'), pytest.raises(SystemExit, match='another risclip_data is at work'): risclip_data('refcoco', root=str(tmp_path))
+    (tmp_path/TRAIN2014/NAMES[0]).unlink()
+    shelf.asked.clear()
+    with pytest.raises(SystemExit): risclip_data('refcoco', root=str(tmp_path), check=True)
+    said = capsys.readouterr()
+    assert shelf.asked == [] and f'{NAMES[0]} is not there' in said.out
+    assert '1 pictures are missing or not right: run it without --check' in said.err
+    with FileLock(tmp_path/'.risclip_data.lock'), pytest.raises(SystemExit):
+        risclip_data('refcoco', root=str(tmp_path))
+    said = capsys.readouterr().err
+    assert said.startswith('risclip_data: error: another risclip_data is at work')
+    assert said.count('\n') == 1
+    with pytest.raises(ValueError): risclip_data('refcocg', root=str(tmp_path), debug=True)
 
-@pytest.mark.parametrize('name, said', [('refcocg', 'did you mean refcocog'), ('RefCOCO+', r'did you mean refcoco\+'), ('refmojig', 'make data'), ('', 'did you mean')])
-def test_wrong_names(tmp_path, name, said):
-    with pytest.raises(SystemExit, match=said): risclip_data(name, root=str(tmp_path/'data'))
+@pytest.mark.parametrize('name, remedy', [
+    ('refcocg', "did you mean 'refcocog'"), ('RefCOCO+', "did you mean 'refcoco+'"),
+    ('refmojig', 'make data'), ('', 'there are refcoco, refcoco+, refcocog')])
+def test_wrong_names(tmp_path, name, remedy, capsys):
+    with pytest.raises(SystemExit): risclip_data(name, root=str(tmp_path/'data'))
+    assert remedy in capsys.readouterr().err
     assert not (tmp_path/'data').exists()
 
 def run(tmp_path, *args, **env):
     "The console script, as pip writes it."
     script = tmp_path/'risclip_data'
-    script.write_text('import sys\nfrom risclip.download import risclip_data\nsys.exit(risclip_data())\n')
-    return subprocess.run([sys.executable, script, *map(str, args)], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {'PYTHONPATH': str(ROOT)} | env)
+    script.write_text('import sys\nfrom risclip.download import '
+                      'risclip_data\nsys.exit(risclip_data())\n')
+    return subprocess.run([sys.executable, script, *map(str, args)], capture_output=True, text=True,
+                          cwd=tmp_path, env=os.environ | {'PYTHONPATH': str(ROOT)} | env)
 
 def test_console_script(made, tmp_path):
     settings = (ROOT/'settings.ini').read_text()
-    assert 'risclip_data=risclip.download:risclip_data' in settings and re.search(r'^requirements = .*\bpooch', settings, re.M)
+    assert 'risclip_data=risclip.download:risclip_data' in settings
+    assert re.search(r'^requirements = .*\bpooch', settings, re.M)
     done = run(tmp_path, 'refcoco', '--from', made, '--root', 'data')
-    assert done.returncode == 0 and 'pictures: 8 whole, 0 missing' in done.stdout and 'instead of (16994, 42404, 120624)' in done.stderr, done.stderr
-    away = run(tmp_path, 'refcocog', f'--from={made}', '--root', 'data', http_proxy='http://127.0.0.1:9', https_proxy='http://127.0.0.1:9')
+    assert done.returncode == 0 and 'pictures: 8 whole, 0 missing' in done.stdout
+    assert 'instead of (16994, 42404, 120624)' in done.stderr, done.stderr
+    away = run(tmp_path, 'refcocog', f'--from={made}', '--root', 'data',
+               http_proxy='http://127.0.0.1:9', https_proxy='http://127.0.0.1:9')
     assert away.returncode == 1 and 'Traceback' not in away.stderr
-    assert 'refcocog.zip into data, from' in away.stderr and all(url in away.stderr for url in MIRRORS['refcocog'])
+    assert 'refcocog.zip into data, from' in away.stderr
+    assert all(url in away.stderr for url in MIRRORS['refcocog'])

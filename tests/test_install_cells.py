@@ -1,4 +1,5 @@
-"A chapter also runs by itself: its first cell does nothing where risclip is installed, and fetches it elsewhere; the buttons come from git_url."
+"""A chapter also runs by itself: its first cell does nothing where risclip is installed, and
+fetches it elsewhere; the buttons come from git_url."""
 import importlib.util, json, subprocess, sys
 import pytest
 from conftest import ROOT
@@ -24,7 +25,8 @@ def ran(monkeypatch):
 def test_the_chapters_have_the_cells_of_these_settings(copy):
     before = {p.name: (copy/'nbs'/p.name).read_bytes() for p in CHAPTERS}
     install_cells.main(copy)
-    assert {p.name: (copy/'nbs'/p.name).read_bytes() for p in CHAPTERS} == before, 'run `make export`'
+    now = {p.name: (copy/'nbs'/p.name).read_bytes() for p in CHAPTERS}
+    assert now == before, 'run `make export`'
 
 
 @pytest.mark.parametrize('path', CHAPTERS, ids=lambda p: p.stem)
@@ -38,8 +40,10 @@ def test_it_does_nothing_where_risclip_is(path, ran):
 def test_it_installs_where_risclip_is_not(ran, monkeypatch):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     exec(source(install_cells.cells_for('04_clip.ipynb', URL, 'main'), install_cells.CELL), {})
-    assert ran == [['git', 'clone', '--depth', '1', URL, 'risclip-course'], [sys.executable, '-m', 'pip', 'install', '-q', '-e', 'risclip-course']]
-    with pytest.raises(ModuleNotFoundError, match='README'): exec(source(install_cells.cells_for('04_clip.ipynb', '', 'main'), install_cells.CELL), {})
+    assert ran == [['git', 'clone', '--depth', '1', URL, 'risclip-course'],
+                   [sys.executable, '-m', 'pip', 'install', '-q', '-e', 'risclip-course']]
+    with pytest.raises(ModuleNotFoundError, match='README'):
+        exec(source(install_cells.cells_for('04_clip.ipynb', '', 'main'), install_cells.CELL), {})
 
 
 def test_buttons_only_where_there_is_somewhere_to_open(copy):
@@ -48,7 +52,9 @@ def test_buttons_only_where_there_is_somewhere_to_open(copy):
     install_cells.main(copy)
     for path in CHAPTERS:
         cells = json.loads((copy/'nbs'/path.name).read_text(encoding='utf-8'))['cells']
-        assert f'https://colab.research.google.com/github/someone/risclip/blob/main/nbs/{path.name}' in source(cells, install_cells.BUTTON)
+        place = f'{install_cells.COLAB}/github/someone/risclip/blob/main/nbs/{path.name}'
+        assert place in source(cells, install_cells.BUTTON)
         assert URL in source(cells, install_cells.CELL)
     assert source(install_cells.cells_for('x.ipynb', '', 'main'), install_cells.BUTTON) is None
-    assert source(install_cells.cells_for('x.ipynb', 'https://gitlab.com/a/b', 'main'), install_cells.BUTTON) is None
+    assert source(install_cells.cells_for('x.ipynb', 'https://gitlab.com/a/b', 'main'),
+                  install_cells.BUTTON) is None

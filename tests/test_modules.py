@@ -1,5 +1,8 @@
-"""Adapters, CFE, SKE and the decoder: shapes, the start at CLIP, gradients, padding, parameter counts."""
-import open_clip, pytest, torch
+"""Adapters, CFE, SKE and the decoder: shapes, the start at CLIP, gradients, padding, parameter
+counts; each by itself, and all of them in the model's walk."""
+import open_clip
+import pytest
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
@@ -9,15 +12,17 @@ from risclip.cfe import CFE, Attention, meeting_blocks
 from risclip.clip import CLIPTowers, load_clip
 from risclip.decoder import Decoder, Level, resize
 from risclip.grounding import cosine_map
+from risclip.model import RISCLIP, ModelSettings
 from risclip.ske import SKE
 
 
 def narrow(image_blocks, text_blocks, patch=8):
-    "A random CLIP that is narrow, but as deep as asked; words have all been seen."
+    """A random CLIP that is narrow, but as deep as asked, with three different widths; words have
+    all been seen."""
     torch.manual_seed(0)
-    cfg = dict(embed_dim=32, vision_cfg=dict(image_size=32, patch_size=patch, width=48, layers=image_blocks, head_width=16),
-               text_cfg=dict(context_length=24, vocab_size=49408, width=40, heads=4, layers=text_blocks))
-    model = open_clip.CLIP(**cfg)
+    vision = dict(image_size=32, patch_size=patch, width=48, layers=image_blocks, head_width=16)
+    text = dict(context_length=24, vocab_size=49408, width=40, heads=4, layers=text_blocks)
+    model = open_clip.CLIP(embed_dim=32, vision_cfg=vision, text_cfg=text)
     model.visual.preprocess_cfg = dict(mean=(.5, .5, .5), std=(.25, .25, .25))
     return CLIPTowers(model, open_clip.get_tokenizer('ViT-B-16', context_length=24), 'narrow')
 
@@ -25,45 +30,31 @@ def widths(name):
     "(Dv, Dt, E, image blocks, text blocks) of an architecture."
     if name == 'tiny':
         clip = load_clip('tinyclip')
-        return clip.width_image, clip.width_text, clip.width_joint, len(clip.image.blocks), len(clip.text.blocks)
+        blocks = len(clip.image.blocks), len(clip.text.blocks)
+        return clip.width_image, clip.width_text, clip.width_joint, *blocks
     cfg = open_clip.get_model_config(name)
-    return (cfg['vision_cfg']['width'], cfg['text_cfg']['width'], cfg['embed_dim'], cfg['vision_cfg']['layers'], cfg['text_cfg']['layers'])
+    vision, text = cfg['vision_cfg'], cfg['text_cfg']
+    return vision['width'], text['width'], cfg['embed_dim'], vision['layers'], text['layers']
 
 NAMES = 'ViT-B-16', 'ViT-L-14', 'tiny'
 PHRASES = ['a dog', 'the small red chair to the left of the big blue umbrella', 'left']
 
 
-class Rungs(nn.Module):
-    "All modules over a CLIP, walked as the chapters do it."
-    def __init__(self, clip, heads=4, layers=None):
-        super().__init__()
-        self.clip, self.meetings = clip, meeting_blocks(len(clip.image.blocks), len(clip.text.blocks), layers)
-        self.image = nn.ModuleList(BlockAdapters(clip.width_image) for _ in clip.image.blocks)
-        self.text = nn.ModuleList(BlockAdapters(clip.width_text) for _ in clip.text.blocks)
-        self.cfe = nn.ModuleList(CFE(clip.width_image, clip.width_text, clip.width_joint, heads) for _ in self.meetings)
-        self.ske = nn.ModuleList(SKE(clip.width_joint, heads) for _ in range(2))
+def rungs(clip, num_heads=4):
+    "The model up to SKE: adapters, a CFE at each meeting, two layers of SKE."
+    settings = ModelSettings('ske', num_heads=num_heads, cfe_dim=clip.width_joint, ske_layers=2,
+                             ske_mlp_dim=None, ske_identity_init=True)
+    return RISCLIP(settings, clip)
 
-    def tokens(self, pixels, tokens):
-        clip, pad, mask = self.clip, self.clip.text.pad_mask(tokens), self.clip.text.attn_mask(tokens.shape[1])
-        v, t, i, k = clip.image.embed(pixels), clip.text.embed(tokens), 0, 0
-        def step(block, adapters, x, *mask):
-            x = x + block.attend(x, *mask); x = x + adapters.attention(x)
-            x = x + block.mlp(x); return x + adapters.mlp(x)
-        for (l, m), cfe in [*zip(self.meetings, self.cfe), ((len(self.image), len(self.text)), None)]:
-            for i in range(i, l): v = step(clip.image.blocks[i], self.image[i], v)
-            for k in range(k, m): t = step(clip.text.blocks[k], self.text[k], t, mask)
-            i, k = l, m
-            if cfe is not None: dv, dt = cfe(v, t, pad); v, t = v + dv, t + dt
-        v, t = clip.image.project(v), clip.text.project(t)
-        for ske in self.ske: v, t = ske(v, t, pad)
-        return v, t
+def parts(model):
+    "What is added to CLIP, without scale and bias."
+    return nn.ModuleList([model.image_adapters, model.text_adapters, model.cfe, model.ske])
 
-    def forward(self, pixels, tokens):
-        v, t = self.tokens(pixels, tokens)
-        return cosine_map(v[:, 1:], self.clip.text.eos(t, tokens), self.clip.grid)
-
-    def parts(self): return nn.ModuleList([self.image, self.text, self.cfe, self.ske])
-
+def all_tokens(model, pixels, tokens):
+    "Every token in the joint space, pads too, after SKE: v [B, N, E], t [B, T, E]."
+    _, v, t = model.encode(pixels, tokens)
+    for ske in model.ske: v, t = ske(v, t, model.clip.text.pad_mask(tokens))
+    return v, t
 
 def awake(module, seed=0):
     "No parameter at zero any more, so that every path carries something."
@@ -72,8 +63,17 @@ def awake(module, seed=0):
         for p in module.parameters(): p.add_(.05*torch.randn(p.shape, generator=generator))
     return module
 
+def awake_rungs(clip):
+    "The model with all its parts awake."
+    model = rungs(clip)
+    awake(parts(model))
+    return model
+
 def random_batch(clip, n=3):
-    return torch.randn(n, 3, clip.size, clip.size, generator=torch.Generator().manual_seed(1)), clip.tokenize(PHRASES[:n])
+    "Pixels [n, 3, S, S] and tokens [n, T]."
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(n, 3, clip.size, clip.size, generator=generator)
+    return pixels, clip.tokenize(PHRASES[:n])
 
 
 # ---- shapes, and the start
@@ -81,10 +81,12 @@ def random_batch(clip, n=3):
 @pytest.mark.parametrize('name', NAMES)
 def test_shapes_and_start(name):
     Dv, Dt, E, *_ = widths(name)
-    v, t, pad = torch.randn(2, 9, Dv), torch.randn(2, 7, Dt), torch.arange(7)[None] >= torch.tensor([[7], [4]])
+    v, t = torch.randn(2, 9, Dv), torch.randn(2, 7, Dt)
+    pad = torch.arange(7)[None] >= torch.tensor([[7], [4]])
     for D, x in ((Dv, v), (Dt, t)):
         both = BlockAdapters(D)
-        for adapter in (both.attention, both.mlp): assert torch.equal(adapter(x), torch.zeros_like(x))
+        for adapter in (both.attention, both.mlp):
+            assert torch.equal(adapter(x), torch.zeros_like(x))
     dv, dt = CFE(Dv, Dt, E)(v, t, pad)
     assert torch.equal(dv, torch.zeros_like(v)) and torch.equal(dt, torch.zeros_like(t))
     v, t = torch.randn(2, 9, E), torch.randn(2, 7, E)
@@ -97,21 +99,24 @@ def test_awake_modules_change_tokens_and_keep_shapes(name):
     v, t = torch.randn(2, 9, Dv), torch.randn(2, 7, Dt)
     change = awake(Adapter(Dv))(v)
     assert change.shape == v.shape and change.abs().max() > 0
-    dv, dt, seen = awake(CFE(Dv, Dt, E))(v, t, return_attention=True)
-    assert (dv.shape, dt.shape) == (v.shape, t.shape) and dv.abs().max() > 0 and dt.abs().max() > 0
-    assert seen['image'].shape == (2, 9, 7) and seen['text'].shape == (2, 7, 9)
+    dv, dt, weights = awake(CFE(Dv, Dt, E))(v, t, return_attention=True)
+    assert (dv.shape, dt.shape) == (v.shape, t.shape)
+    assert dv.abs().max() > 0 and dt.abs().max() > 0
+    assert weights['image'].shape == (2, 9, 7) and weights['text'].shape == (2, 7, 9)
     v, t = torch.randn(2, 9, E), torch.randn(2, 7, E)
-    out_v, out_t, seen = awake(SKE(E))(v, t, return_attention=True)
-    assert (out_v.shape, out_t.shape) == (v.shape, t.shape) and not torch.equal(out_v, v) and not torch.equal(out_t, t)
-    assert {k: tuple(a.shape) for k, a in seen.items()} == {'image->text': (2, 9, 7), 'text->image': (2, 7, 9), 'image->image': (2, 9, 9), 'text->text': (2, 7, 7)}
+    out_v, out_t, weights = awake(SKE(E))(v, t, return_attention=True)
+    assert (out_v.shape, out_t.shape) == (v.shape, t.shape)
+    assert not torch.equal(out_v, v) and not torch.equal(out_t, t)
+    assert {name: tuple(a.shape) for name, a in weights.items()} == {
+        'image->text': (2, 9, 7), 'text->image': (2, 7, 9),
+        'image->image': (2, 9, 9), 'text->text': (2, 7, 7)}
 
 @pytest.mark.parametrize('depths', [(5, 3), (24, 12), (3, 5), (4, 4)])
 def test_untrained_walk_is_clip(depths):
     clip = narrow(*depths)
-    model = Rungs(clip)
     pixels, tokens = random_batch(clip)
     with torch.no_grad():
-        v, t = model.tokens(pixels, tokens)
+        v, t = all_tokens(rungs(clip), pixels, tokens)
         assert torch.equal(v, clip.image(pixels)) and torch.equal(t, clip.text(tokens))
 
 def test_untrained_walk_is_clip_b16():
@@ -119,15 +124,17 @@ def test_untrained_walk_is_clip_b16():
     clip = load_clip('ViT-B-16', size=64)
     pixels, tokens = random_batch(clip, 2)
     with torch.no_grad():
-        v, t = Rungs(clip, heads=8).tokens(pixels, tokens)
-        assert torch.equal(v[:, 0], clip.encode_image(pixels)) and torch.equal(clip.text.eos(t, tokens), clip.encode_text(tokens))
+        v, t = all_tokens(rungs(clip, num_heads=8), pixels, tokens)
+        assert torch.equal(v[:, 0], clip.encode_image(pixels))
+        assert torch.equal(clip.text.eos(t, tokens), clip.encode_text(tokens))
 
 def test_untrained_walk_is_tinyclip():
     clip = load_clip('tinyclip')
-    pixels, tokens = random_batch(clip)
+    model, (pixels, tokens) = rungs(clip), random_batch(clip)
+    tokens = tokens[:, :int(tokens.argmax(1).max()) + 1]    # the model reads to the last EOS
     with torch.no_grad():
         plain = cosine_map(clip.image(pixels)[:, 1:], clip.encode_text(tokens), clip.grid)
-        assert torch.equal(Rungs(clip)(pixels, tokens), plain)
+        assert torch.equal(model(pixels, tokens).grounding, model.calibration(plain))
 
 
 # ---- gradients
@@ -135,49 +142,78 @@ def test_untrained_walk_is_tinyclip():
 def small_steps(clip, model, steps=4):
     "Some steps on random labels -> for each step, the parameters without a gradient."
     pixels, tokens = random_batch(clip)
-    target = (torch.rand(len(pixels), 1, *clip.grid, generator=torch.Generator().manual_seed(2)) > .5).float()
-    optimiser, silent = torch.optim.SGD(model.parts().parameters(), 1.), []
+    generator = torch.Generator().manual_seed(2)
+    target = (torch.rand(len(pixels), 1, *clip.grid, generator=generator) > .5).float()
+    optimiser, silent = torch.optim.SGD(parts(model).parameters(), .5), []
     for _ in range(steps):
-        loss = F.binary_cross_entropy_with_logits(10*model(pixels, tokens), target)
-        optimiser.zero_grad(); loss.backward(); silent.append(without_gradient(model.parts())); optimiser.step()
+        logits = model(pixels, tokens).grounding
+        loss = F.binary_cross_entropy_with_logits(logits, target)
+        optimiser.zero_grad()
+        loss.backward()
+        silent.append(without_gradient(parts(model)))
+        optimiser.step()
     return silent
 
 @pytest.mark.parametrize('depths', [(5, 3), (24, 12)])
 def test_every_parameter_learns_and_clip_never(depths):
     clip = narrow(*depths)
     before = {n: p.clone() for n, p in clip.state_dict().items()}
-    silent = small_steps(clip, Rungs(clip))
-    assert silent[0] and not silent[1] and not silent[-1], silent[1]             # the others from the second step on
+    silent = small_steps(clip, rungs(clip))
+    assert silent[0] and not silent[1] and not silent[-1], silent[1]    # from the second step on
     last = 'up.', 's2v.', 's2t.', 'between.mhca.out_proj.', 'within.mhca.out_proj.', 'mlp.2.'
-    assert all(not any(part in name for part in last) for name in silent[0])     # the last projections learn at once
+    for name in silent[0]:                                              # the last learn at once
+        assert not any(part in name for part in last)
     assert all(p.grad is None and not p.requires_grad for p in clip.parameters())
     for n, p in clip.state_dict().items(): assert torch.equal(p, before[n]), n
 
+def make_part(part, dead):
+    "One module, at its own start, or (`dead`) with its first projections at zero as well."
+    torch.manual_seed(0)
+    if part == 'adapter':
+        module = Adapter(16)
+        first = [module.down]
+    if part == 'cfe':
+        module = CFE(16, 12, 8, 2)
+        first = [module.v2s, module.t2s]
+    if part == 'ske':
+        module = SKE(16, 2)
+        first = [module.image.mlp[0], module.text.mlp[0]]
+    if not dead: return module
+    for layer in first:
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    if part == 'ske':
+        for half in (module.image, module.text):
+            for a in (half.between, half.within): nn.init.zeros_(a.mhca.in_proj_weight)
+    return module
+
+def change_tokens(part, module, v, t):
+    "The tokens after a module, as the walk uses it."
+    if part == 'adapter': return v + module(v), t*0
+    if part == 'ske': return module(v, t)
+    dv, dt = module(v, t)
+    return v + dv, t + dt
+
+def weights_alive(part, module, steps=5):
+    "The names of the matrices that have a gradient after some steps."
+    v, t = torch.randn(2, 6, 16), torch.randn(2, 5, 12 if part == 'cfe' else 16)
+    goal, optimiser = torch.randn(2, 6, 16), torch.optim.SGD(module.parameters(), .1)
+    for _ in range(steps):
+        out_v, out_t = change_tokens(part, module, v, t)
+        loss = ((out_v - goal)**2).mean() + ((out_t - 1)**2).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    silent = without_gradient(module)
+    return {n for n, p in module.named_parameters() if p.ndim > 1 and n not in silent}
+
 @pytest.mark.parametrize('part', ['adapter', 'cfe', 'ske'])
 def test_zero_at_both_ends_is_dead(part):
-    "All but the biases of the last projections stay without a gradient, however long one trains; and ours does not."
-    def make(dead):
-        torch.manual_seed(0)
-        module = dict(adapter=lambda: Adapter(16), cfe=lambda: CFE(16, 12, 8, 2), ske=lambda: SKE(16, 2))[part]()
-        first = dict(adapter=lambda m: [m.down], cfe=lambda m: [m.v2s, m.t2s],
-                     ske=lambda m: [h.mlp[0] for h in (m.image, m.text)])[part](module)
-        for layer in first if dead else (): nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
-        if part == 'ske' and dead:
-            for half in (module.image, module.text):
-                for a in (half.between, half.within): nn.init.zeros_(a.mhca.in_proj_weight)
-        return module
-    def weights_alive(module):
-        v, t = torch.randn(2, 6, 16), torch.randn(2, 5, 12 if part == 'cfe' else 16)
-        goal, optimiser = torch.randn(2, 6, 16), torch.optim.SGD(module.parameters(), .1)
-        for _ in range(5):
-            out = dict(adapter=lambda: (v + module(v), t*0), cfe=lambda: [x + d for x, d in zip((v, t), module(v, t))],
-                       ske=lambda: module(v, t))[part]()
-            optimiser.zero_grad(); (((out[0] - goal)**2).mean() + ((out[1] - 1)**2).mean()).backward(); optimiser.step()
-        silent = without_gradient(module)
-        return {n for n, p in module.named_parameters() if p.ndim > 1 and n not in silent}
-    everything = {n for n, p in make(False).named_parameters() if p.ndim > 1}
-    assert weights_alive(make(False)) == everything
-    assert weights_alive(make(True)) == set()
+    """All but the biases of the last projections stay without a gradient, however long one trains;
+    and ours does not."""
+    everything = {n for n, p in make_part(part, False).named_parameters() if p.ndim > 1}
+    assert weights_alive(part, make_part(part, False)) == everything
+    assert weights_alive(part, make_part(part, True)) == set()
 
 
 # ---- padding
@@ -187,97 +223,117 @@ def test_padding_changes_nothing_in_the_modules(pads):
     torch.manual_seed(0)
     v, t, junk = torch.randn(2, 6, 16), torch.randn(2, 5, 16), 10*torch.randn(2, pads, 16)
     longer, pad = torch.cat([t, junk], 1), (torch.arange(5 + pads) >= 5).expand(2, -1)
-    for module in (awake(CFE(16, 16, 8, 2)), awake(SKE(16, 2))):
-        for (a, b) in zip(module(v, longer, pad), module(v, t)): assert_close(a[:, :b.shape[1]], b, atol=1e-6, rtol=1e-5)
-        seen = module(v, longer, pad, return_attention=True)[2]
-        for name in ('image',) if isinstance(module, CFE) else ('image->text', 'text->text'):
-            assert (seen[name][..., 5:] == 0).all()
-            assert_close(seen[name].sum(-1), torch.ones(seen[name].shape[:-1]))
-        if pads == 10: assert (module(v, longer)[0] - module(v, t)[0]).abs().max() > 1e-3      # the mask is what does it
+    read = {awake(CFE(16, 16, 8, 2)): ['image'], awake(SKE(16, 2)): ['image->text', 'text->text']}
+    for module, names in read.items():
+        for a, b in zip(module(v, longer, pad), module(v, t)):
+            assert_close(a[:, :b.shape[1]], b, atol=1e-6, rtol=1e-5)
+        weights = module(v, longer, pad, return_attention=True)[2]
+        for name in names:
+            assert (weights[name][..., 5:] == 0).all()
+            assert_close(weights[name].sum(-1), torch.ones(weights[name].shape[:-1]))
+        if pads == 10:                                              # the mask is what does it
+            assert (module(v, longer)[0] - module(v, t)[0]).abs().max() > 1e-3
 
 def test_padding_changes_nothing_in_the_walk():
     clip = narrow(5, 3)
-    model = Rungs(clip); awake(model.parts())
-    pixels, tokens = random_batch(clip)
+    model, (pixels, tokens) = awake_rungs(clip), random_batch(clip)
     for i in range(len(PHRASES)):
-        length = int(tokens[i].argmax()) + 1
-        short, longer = tokens[i:i + 1, :length], F.pad(tokens[i:i + 1, :length], (0, 10))[:, :clip.context]
-        with torch.no_grad(): (v, t), (pv, pt) = model.tokens(pixels[i:i + 1], short), model.tokens(pixels[i:i + 1], longer)
-        assert_close(pv, v, atol=1e-5, rtol=1e-4); assert_close(pt[:, :length], t, atol=1e-5, rtol=1e-4)
+        length, picture = int(tokens[i].argmax()) + 1, pixels[i:i + 1]
+        short = tokens[i:i + 1, :length]
+        longer = F.pad(short, (0, 10))[:, :clip.context]
+        with torch.no_grad():
+            v, t = all_tokens(model, picture, short)
+            padded_v, padded_t = all_tokens(model, picture, longer)
+        assert_close(padded_v, v, atol=1e-5, rtol=1e-4)
+        assert_close(padded_t[:, :length], t, atol=1e-5, rtol=1e-4)
 
 def test_phrases_of_a_batch_do_not_mix():
     clip = narrow(5, 3)
-    model = Rungs(clip); awake(model.parts())
-    pixels, tokens = random_batch(clip)
-    with torch.no_grad(): together, alone = model(pixels, tokens), torch.cat([model(pixels[i:i + 1], tokens[i:i + 1]) for i in range(3)])
-    assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    model, (pixels, tokens) = awake_rungs(clip), random_batch(clip)
+    with torch.no_grad():
+        batched = model(pixels, tokens).grounding
+        single = [model(pixels[i:i + 1], tokens[i:i + 1]).grounding for i in range(3)]
+    assert_close(batched, torch.cat(single), atol=1e-4, rtol=1e-4)
 
 def test_the_phrase_reaches_the_patches_only_through_cfe_and_ske():
     clip = narrow(5, 3)
-    pixels, tokens = random_batch(clip)
-    model = Rungs(clip); awake(model.parts())
+    model, (pixels, tokens) = awake_rungs(clip), random_batch(clip)
     same = pixels[:1].expand(3, -1, -1, -1)
     with torch.no_grad():
-        v = model.tokens(same, tokens)[0]
+        v = all_tokens(model, same, tokens)[0]
         assert (v[0] - v[1]).abs().max() > 1e-3
         for part in (model.cfe, model.ske):
             for p in part.parameters(): p.zero_()
-        v = model.tokens(same, tokens)[0]
+        v = all_tokens(model, same, tokens)[0]
     assert_close(v[0], v[1], atol=1e-6, rtol=1e-5)
 
 
 # ---- CFE and SKE against their definitions
 
+def multi_head(attention, q, c, heads=2):
+    "Multi-head attention in plain products: q [B, Q, D] reads c [B, K, D] -> [B, Q, D]."
+    mhca, inputs = attention.mhca, (q, c, c)
+    weights, biases = mhca.in_proj_weight.chunk(3), mhca.in_proj_bias.chunk(3)
+    width = q.shape[-1]//heads
+    projected = [F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases)]
+    q, k, v = (x.unflatten(-1, (heads, width)).transpose(1, 2) for x in projected)
+    mixed = (q@k.mT/width**.5).softmax(-1)@v
+    return mhca.out_proj(mixed.transpose(1, 2).flatten(2))
+
 def test_cfe_reads_the_incoming_tokens_both_ways():
     cfe = awake(CFE(16, 12, 8, 2))
     v, t = torch.randn(2, 6, 16), torch.randn(2, 5, 12)
     vs, ts = cfe.v2s(cfe.norm_v(v)), cfe.t2s(cfe.norm_t(t))
-    heads = lambda x: x.unflatten(-1, (2, 4)).transpose(1, 2)
-    def mhca(attention, q, c):
-        w, b = attention.mhca.in_proj_weight.chunk(3), attention.mhca.in_proj_bias.chunk(3)
-        q, k, x = (heads(F.linear(y, w_, b_)) for y, w_, b_ in zip((q, c, c), w, b))
-        return attention.mhca.out_proj(((q@k.mT/2).softmax(-1)@x).transpose(1, 2).flatten(2))
     dv, dt = cfe(v, t)
-    assert_close(dv, cfe.s2v(mhca(cfe.image, vs, ts)), atol=1e-5, rtol=1e-4)
-    assert_close(dt, cfe.s2t(mhca(cfe.text, ts, vs)), atol=1e-5, rtol=1e-4)
+    assert_close(dv, cfe.s2v(multi_head(cfe.image, vs, ts)), atol=1e-5, rtol=1e-4)
+    assert_close(dt, cfe.s2t(multi_head(cfe.text, ts, vs)), atol=1e-5, rtol=1e-4)
 
-def test_ske_starts_as_a_comparison():
-    "Untrained, the attention of a token is the softmax of its dot products with the others, head by head; and with aligned=False it is not."
+@pytest.mark.parametrize('identity_init', [True, False])
+def test_ske_starts_as_a_comparison(identity_init):
+    """Untrained, the attention of a token is the softmax of its dot products with the others, head
+    by head; and with identity_init=False it is not."""
     v, t = torch.randn(2, 6, 16), torch.randn(2, 5, 16)
-    def heads(x): return x.unflatten(-1, (2, 8)).transpose(1, 2)                       # [B, heads, n, width/heads]
-    for ske, same in (SKE(16, 2), True), (SKE(16, 2, aligned=False), False):
-        seen = ske(v, t, return_attention=True)[2]
-        norm = lambda x: F.layer_norm(x, (16,))
-        for name, q, k in ('image->text', v, t), ('text->image', t, v), ('image->image', v, v), ('text->text', t, t):
-            expected = (1.5**2*heads(norm(q))@heads(norm(k)).mT/8**.5).softmax(-1).mean(1)
-            assert torch.allclose(seen[name], expected, atol=1e-5) == same, name
-
+    def heads(x):
+        "[B, n, E], normed -> [B, heads, n, E/heads]."
+        return F.layer_norm(x, (16,)).unflatten(-1, (2, 8)).transpose(1, 2)
+    pairs = {'image->text': (v, t), 'text->image': (t, v), 'image->image': (v, v),
+             'text->text': (t, t)}
+    *_, weights = SKE(16, 2, identity_init=identity_init)(v, t, return_attention=True)
+    for name, (q, k) in pairs.items():
+        expected = (1.5**2*heads(q)@heads(k).mT/8**.5).softmax(-1).mean(1)
+        assert torch.allclose(weights[name], expected, atol=1e-5) == identity_init, name
 
 def test_ske_places():
-    "With `side` it starts at plain CLIP all the same, two equal patches at two places look elsewhere, and the places learn."
+    """With `side` it starts at plain CLIP all the same, two equal patches at two places look
+    elsewhere, and the places learn."""
     ske = SKE(16, 2, side=3)
     v, t = torch.randn(1, 1, 16).expand(1, 10, 16), torch.randn(1, 4, 16)
-    out_v, out_t, seen = ske(v, t, return_attention=True)
+    out_v, out_t, weights = ske(v, t, return_attention=True)
     assert torch.equal(out_v, v) and torch.equal(out_t, t)
-    assert (seen['image->text'][0, 1] - seen['image->text'][0, 9]).abs().max() > 1e-3
-    without = SKE(16, 2)(v, t, return_attention=True)[2]['image->text']
-    assert_close(without[0, 1], without[0, 9])
+    placed = weights['image->text'][0]
+    assert (placed[1] - placed[9]).abs().max() > 1e-3
+    plain = SKE(16, 2)(v, t, return_attention=True)[2]['image->text'][0]
+    assert_close(plain[1], plain[9])
     awake(ske)(v, t)[0].square().sum().backward()
     assert ske.positions.grad.abs().sum() > 0 and ske.positions.shape == (10, 16)
-
 
 def test_ske_is_between_then_within_then_mlp():
     ske = awake(SKE(16, 2))
     v, t = torch.randn(2, 6, 16), torch.randn(2, 5, 16)
     i, x = ske.image, ske.text
-    v1, t1 = v + i.between(i.norm_between(v), x.norm_between(t)), t + x.between(x.norm_between(t), i.norm_between(v))
-    v2, t2 = (a + h.within(h.norm_within(a), h.norm_within(a)) for h, a in ((i, v1), (x, t1)))
-    for out, h, a in zip(ske(v, t), (i, x), (v2, t2)): assert_close(out, a + h.mlp(h.norm_mlp(a)), atol=1e-6, rtol=1e-5)
+    vn, tn = i.norm_between(v), x.norm_between(t)
+    v1, t1 = v + i.between(vn, tn), t + x.between(tn, vn)
+    for out, half, a in zip(ske(v, t), (i, x), (v1, t1)):
+        normed = half.norm_within(a)
+        a = a + half.within(normed, normed)
+        assert_close(out, a + half.mlp(half.norm_mlp(a)), atol=1e-6, rtol=1e-5)
 
 def test_return_attention_changes_nothing():
-    v, t, pad = torch.randn(2, 6, 16), torch.randn(2, 5, 16), torch.arange(5)[None] >= torch.tensor([[5], [3]])
+    v, t = torch.randn(2, 6, 16), torch.randn(2, 5, 16)
+    pad = torch.arange(5)[None] >= torch.tensor([[5], [3]])
     for module in (awake(CFE(16, 16, 8, 2)), awake(SKE(16, 2))):
-        for a, b in zip(module(v, t, pad), module(v, t, pad, return_attention=True)): assert_close(a, b, atol=1e-6, rtol=1e-5)
+        for a, b in zip(module(v, t, pad), module(v, t, pad, return_attention=True)):
+            assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 def test_heads_must_divide():
     for make in (lambda: Attention(20, 8), lambda: SKE(20, 8), lambda: CFE(16, 16, 20, 8)):
@@ -287,52 +343,67 @@ def test_meetings():
     assert meeting_blocks(12, 12) == [(k, k) for k in range(12)]
     assert meeting_blocks(24, 12) == [(2*k - 1, k - 1) for k in range(1, 13)]
     assert meeting_blocks(12, 12, 'last half') == [(k, k) for k in range(6, 12)]
-    assert meeting_blocks(24, 12, 6) == meeting_blocks(24, 12, 'last half') == meeting_blocks(24, 12)[-6:]
+    last_half = meeting_blocks(24, 12)[-6:]
+    assert meeting_blocks(24, 12, 6) == meeting_blocks(24, 12, 'last half') == last_half
     for layers in (0, -1, 13, 'half', 1.5):
         with pytest.raises(ValueError, match='use 1 to 12'): meeting_blocks(24, 12, layers)
 
 
-# ---- parameters, as facts about the sizes of a re-implementation give them: 20.5 M, 20.5 M, 28.4 M for B/16
+# ---- parameters, as the sizes of a re-implementation give them: 20.5 M, 20.5 M, 28.4 M for B/16
 
 def test_parameter_counts_b16():
     Dv, Dt, E, n_image, n_text = widths('ViT-B-16')
-    adapters = n_image*count_parameters(BlockAdapters(Dv)) + n_text*count_parameters(BlockAdapters(Dt))
-    assert round(adapters/1e6, 1) == 20.5
-    assert round(6*count_parameters(CFE(Dv, Dt, E))/1e6, 1) == 20.5
-    assert round(6*count_parameters(SKE(E))/1e6, 1) == 28.4
-    assert [round(count_parameters(Decoder(Dv, 16, h))/1e6, 1) for h in (128, 256, 512)] == [2.0, 7.3, 27.5]
+    image, text = count_parameters(BlockAdapters(Dv)), count_parameters(BlockAdapters(Dt))
+    with torch.device('meta'):
+        cfe, ske = count_parameters(CFE(Dv, Dt, E)), count_parameters(SKE(E))
+        decoders = [count_parameters(Decoder(Dv, 16, h)) for h in (128, 256, 512)]
+    assert round((n_image*image + n_text*text)/1e6, 1) == 20.5
+    assert round(6*cfe/1e6, 1) == 20.5
+    assert round(6*ske/1e6, 1) == 28.4
+    assert [round(n/1e6, 1) for n in decoders] == [2.0, 7.3, 27.5]
 
 
 # ---- the decoder
 
+def decoder_inputs(n=1, width=6, grid=3):
+    "Four features [n, width, grid, grid] and a map [n, 1, grid, grid], random."
+    v = [torch.randn(n, width, grid, grid) for _ in range(4)]
+    return v, torch.randn(n, 1, grid, grid)
+
 @pytest.mark.parametrize('S', [96, 224, 336, 476, 480])
 @pytest.mark.parametrize('patch', [8, 14, 16])
 def test_mask_has_the_size_of_the_picture(S, patch):
-    decoder, grid = Decoder(6, patch, hidden=2).eval(), round(S/patch)      # 96 and 480 are no multiples of 14: exact all the same
-    with torch.no_grad(): mask = decoder([torch.randn(1, 6, grid, grid) for _ in range(4)], torch.randn(1, 1, grid, grid), S)
-    assert mask.shape == (1, 1, S, S)
+    grid = round(S/patch)                       # 96, 480 are no multiples of 14: exact all the same
+    decoder, (v, map) = Decoder(6, patch, hidden=2).eval(), decoder_inputs(grid=grid)
+    with torch.no_grad(): assert decoder(v, map, S).shape == (1, 1, S, S)
 
 @pytest.mark.parametrize('patch, doubles', [(4, 2), (8, 3), (14, 4), (16, 4), (32, 4)])
 def test_levels_double_until_the_patch_is_undone(patch, doubles):
-    assert [level.upsample for level in Decoder(6, patch, hidden=2).levels] == [i >= 4 - doubles for i in range(4)]
+    levels = Decoder(6, patch, hidden=2).levels
+    assert [level.upsample for level in levels] == [i >= 4 - doubles for i in range(4)]
 
 def test_decoder_is_the_two_equations():
     torch.manual_seed(0)
-    decoder, v, map = Decoder(6, 16, hidden=4).eval(), [torch.randn(2, 6, 3, 3) for _ in range(4)], torch.randn(2, 1, 3, 3)
+    decoder, (v, map) = Decoder(6, 16, hidden=4).eval(), decoder_inputs(2)
     def ready(lateral, vi):
+        "LayerNorm over the channels and a 1x1 convolution, in plain products."
         x = vi.permute(0, 2, 3, 1)
-        x = (x - x.mean(-1, keepdim=True))/(x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-        return (x @ lateral.conv.weight[:, :, 0, 0].T + lateral.conv.bias).permute(0, 3, 1, 2)
+        var = x.var(-1, unbiased=False, keepdim=True)
+        x = (x - x.mean(-1, keepdim=True))/(var + 1e-5).sqrt()
+        kernel, bias = lateral.conv.weight[:, :, 0, 0], lateral.conv.bias
+        return (x @ kernel.T + bias).permute(0, 3, 1, 2)
     (D4, D3, D2, D1), (u4, u3, u2, u1) = decoder.levels, decoder.laterals
     d = D4(torch.cat([map, ready(u4, v[3])], 1))
     for D, lateral, vi, size in ((D3, u3, v[2], 6), (D2, u2, v[1], 12), (D1, u1, v[0], 24)):
-        d = D(torch.cat([d, F.interpolate(ready(lateral, vi), size=size, mode='bilinear', align_corners=False)], 1))
+        u = F.interpolate(ready(lateral, vi), size=size, mode='bilinear', align_corners=False)
+        d = D(torch.cat([d, u], 1))
     assert d.shape == (2, 4, 48, 48)
     assert_close(decoder(v, map, 48), decoder.head(d))
 
 def test_every_input_reaches_the_mask_and_every_parameter_learns():
     torch.manual_seed(0)
-    decoder, v, map = Decoder(6, 8, hidden=4), [torch.randn(2, 6, 3, 3, requires_grad=True) for _ in range(4)], torch.randn(2, 1, 3, 3, requires_grad=True)
+    decoder, (v, map) = Decoder(6, 8, hidden=4), decoder_inputs(2)
+    for x in (*v, map): x.requires_grad_()
     decoder(v, map, 24).square().mean().backward()
     assert without_gradient(decoder) == []
     for x in (*v, map): assert x.grad.abs().sum() > 0
@@ -340,28 +411,33 @@ def test_every_input_reaches_the_mask_and_every_parameter_learns():
 def test_the_size_of_features_does_not_matter():
     "Each feature is normalised before a convolution reads it."
     torch.manual_seed(0)
-    decoder, v, map = Decoder(6, 8, hidden=4).eval(), torch.randn(1, 6, 3, 3), torch.randn(1, 1, 3, 3)
-    with torch.no_grad(): assert_close(decoder([x*100 for x in [v]*4], map, 24), decoder([v]*4, map, 24), atol=1e-3, rtol=1e-3)
+    decoder, (v, map) = Decoder(6, 8, hidden=4).eval(), decoder_inputs()
+    with torch.no_grad(): plain, scaled = decoder(v, map, 24), decoder([100*x for x in v], map, 24)
+    assert_close(scaled, plain, atol=1e-3, rtol=1e-3)
 
 def test_relu_stands_before_batch_norm():
-    kinds = [type(m) for m in Level(3, 4).convs]
-    assert kinds == [nn.Conv2d, nn.ReLU, nn.BatchNorm2d]*2 and all(m.bias is not None for m in Level(3, 4).convs if isinstance(m, nn.Conv2d))
+    convs = Level(3, 4).convs
+    assert [type(m) for m in convs] == [nn.Conv2d, nn.ReLU, nn.BatchNorm2d]*2
+    assert all(m.bias is not None for m in convs if isinstance(m, nn.Conv2d))
 
 def test_batch_norm_in_training_and_evaluation():
     torch.manual_seed(0)
-    decoder, v, map = Decoder(6, 8, hidden=4), [torch.randn(4, 6, 3, 3) for _ in range(4)], torch.randn(4, 1, 3, 3)
-    one = lambda: decoder([x[:1] for x in v], map[:1], 24)
-    assert (one() - decoder(v, map, 24)[:1]).abs().max() > 1e-3          # in training the company counts
+    decoder, (v, map) = Decoder(6, 8, hidden=4), decoder_inputs(4)
+    def first():
+        "The first picture without its company."
+        return decoder([x[:1] for x in v], map[:1], 24)
+    assert (first() - decoder(v, map, 24)[:1]).abs().max() > 1e-3       # in training it counts
     decoder.eval()
-    assert_close(one(), decoder(v, map, 24)[:1], atol=1e-6, rtol=1e-5)
-    again = Decoder(6, 8, hidden=4).eval(); again.load_state_dict(decoder.state_dict())
+    assert_close(first(), decoder(v, map, 24)[:1], atol=1e-6, rtol=1e-5)
+    again = Decoder(6, 8, hidden=4).eval()
+    again.load_state_dict(decoder.state_dict())
     assert_close(again(v, map, 24), decoder(v, map, 24))
-    parameters_only = Decoder(6, 8, hidden=4).eval()
+    parameters_only = Decoder(6, 8, hidden=4).eval()                     # its averages count, too
     parameters_only.load_state_dict(dict(decoder.named_parameters()), strict=False)
-    assert (parameters_only(v, map, 24) - decoder(v, map, 24)).abs().max() > 1e-3      # its averages must be saved too
+    assert (parameters_only(v, map, 24) - decoder(v, map, 24)).abs().max() > 1e-3
 
 def test_decoder_refuses_what_does_not_fit():
-    decoder, v, map = Decoder(6, 8, hidden=4), [torch.randn(1, 6, 3, 3)]*4, torch.randn(1, 1, 3, 3)
+    decoder, (v, map) = Decoder(6, 8, hidden=4), decoder_inputs()
     with pytest.raises(ValueError, match='expected 4 features'): decoder(v[:3], map, 24)
     with pytest.raises(ValueError, match='on one grid'): decoder(v, torch.randn(1, 1, 6, 6), 24)
     assert resize(map, (5, 9)).shape == (1, 1, 5, 9)

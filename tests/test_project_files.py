@@ -1,10 +1,12 @@
-"The files around the code: what CI runs, how to cite, what changed, how to contribute, and the tool that times the chapters."
+"""The files around the code: what CI runs, how to cite, what changed, how to contribute, and the
+tool that times the chapters."""
 import configparser, importlib.util, json, re
 from datetime import date
 import nbformat, pytest, yaml
 from conftest import ROOT, source_files
 
-read = lambda name: (ROOT/name).read_text(encoding='utf-8')
+
+def read(name): return (ROOT/name).read_text(encoding='utf-8')
 
 
 def settings():
@@ -21,19 +23,24 @@ def test_workflow_runs_what_ci_runs(workflow):
     job, = workflow['jobs'].values()
     commands = [line.strip() for step in job['steps'] for line in step.get('run', '').splitlines()]
     assert 'bash .ci/run' in commands
-    assert (ROOT/'.ci'/'run').is_file() and 'make test' in read('.ci/run').splitlines()
-    assert any('chromium' in c for c in commands) and commands.index('bash .ci/run') == len(commands) - 1
+    assert (ROOT/'.ci'/'run').is_file() and 'make test ALL=1' in read('.ci/run').splitlines()
+    assert any('chromium' in c for c in commands)
+    assert commands.index('bash .ci/run') == len(commands) - 1
     assert job['runs-on'] == 'ubuntu-latest' and job['timeout-minutes'] == 40
 
 
 def test_workflow_runs_on_push_and_pull_request(workflow):
-    assert set(workflow[True]) == {'push', 'pull_request'}       # YAML 1.1 reads the key `on` as true
+    # YAML 1.1 reads the key `on` as true
+    assert set(workflow[True]) == {'push', 'pull_request'}
 
 
 def test_workflow_takes_the_least_python_and_caches_pip(workflow):
     job, = workflow['jobs'].values()
-    python, = [step['with'] for step in job['steps'] if step.get('uses', '').startswith('actions/setup-python@')]
-    assert python['python-version'] == settings()['min_python']   # quoted: 3.10 without quotes would be 3.1
+    steps = [step for step in job['steps']
+             if step.get('uses', '').startswith('actions/setup-python@')]
+    python, = [step['with'] for step in steps]
+    # quoted: 3.10 without quotes would be 3.1
+    assert python['python-version'] == settings()['min_python']
     assert python['cache'] == 'pip'
     for file in python['cache-dependency-path'].split(): assert (ROOT/file).is_file(), file
 
@@ -47,27 +54,35 @@ def test_citation_names_this_software(citation):
     assert citation['version'] == settings()['version']
     assert citation['title'].startswith(settings()['lib_name'])
     assert [a['name'] for a in citation['authors']] == [settings()['author']]
-    assert citation['message'] and citation['license'] == 'Apache-2.0' and 'Apache License' in read('LICENSE')
+    assert citation['message']
+    assert citation['license'] == 'Apache-2.0'
+    assert 'Apache License' in read('LICENSE')
 
 
 def test_citation_names_the_paper(citation):
     paper, index = citation['preferred-citation'], read('README.md')
-    assert paper['type'] == 'conference-paper' and paper['url'].startswith('https://') and isinstance(paper['year'], int)
+    assert paper['type'] == 'conference-paper' and isinstance(paper['year'], int)
+    assert paper['url'].startswith('https://')
     assert all(a.keys() == {'family-names', 'given-names'} for a in paper['authors'])
     surnames = [a['family-names'] for a in paper['authors']]
-    assert ', '.join(surnames[:-1]) + f' and {surnames[-1]}' in index               # as the README says it
-    for told in (paper['title'], paper['url'], f"{paper['collection-title']}"): assert told in index, told
+    # as the README says it
+    assert ', '.join(surnames[:-1]) + f' and {surnames[-1]}' in index
+    for fact in (paper['title'], paper['url'], f"{paper['collection-title']}"): assert fact in index
 
 
 def test_changelog_names_the_version():
     heads = re.findall(r'^## \[(.+?)\] - (\S+)$', read('CHANGELOG.md'), re.M)
     assert settings()['version'] == heads[0][0]
     assert len({version for version, _ in heads}) == len(heads)
-    for version, day in heads: assert re.fullmatch(r'\d+\.\d+\.\d+', version) and (day == 'unreleased' or date.fromisoformat(day))
+    for version, day in heads:
+        assert re.fullmatch(r'\d+\.\d+\.\d+', version)
+        assert day == 'unreleased' or date.fromisoformat(day)
 
 
 def test_changelog_names_every_command():
-    for entry in settings()['console_scripts'].split(): assert f"`{entry.split('=')[0]}`" in read('CHANGELOG.md')
+    changelog = read('CHANGELOG.md')
+    for entry in settings()['console_scripts'].split():
+        assert f"`{entry.split('=')[0]}`" in changelog
 
 
 def make_targets(): return set(re.findall(r'^([a-z]+):', read('Makefile'), re.M))
@@ -91,8 +106,10 @@ def test_make_targets_exist(name):
 def test_contributing_says_what_is_tested():
     "Its numbers and names are those of the tests and of the settings."
     text = read('CONTRIBUTING.md')
-    limit, = re.findall(r'assert len\(lines\) <= (\d+)', read('tests/test_repository.py'))
-    assert f'more than {limit} lines' in text
+    limits = dict(re.findall(r'(\w+)=(\d+)', re.search(
+        r'LIMITS = dict\((.+?)\)', read('tests/test_house.py'), re.S)[1]))
+    assert len(limits) == 6
+    for what, limit in limits.items(): assert re.search(rf'\b{limit}\b', text), what
     for key in settings()['allowed_cell_metadata_keys'].split(): assert f'`{key}`' in text
     for file in re.findall(r'`python (tools/\w+\.py)`', text): assert (ROOT/file).is_file(), file
 
@@ -106,18 +123,28 @@ def times():
 
 
 def notebook(path, source):
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)], metadata=dict(kernelspec=dict(name='python3', display_name='python3'))), path)
+    kernel = dict(kernelspec=dict(name='python3', display_name='python3'))
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)], metadata=kernel)
+    nbformat.write(nb, path)
     return path
 
 
-def test_chapter_times(times, tmp_path, capsys):
-    "A notebook is timed and left as it is, one that fails is named and has no time, and what was measured before is kept."
-    slow, bad = notebook(tmp_path/'slow.ipynb', 'import time; time.sleep(.5); open("mark", "w").close()'), notebook(tmp_path/'bad.ipynb', '1/0')
+def test_chapter_times(times, tmp_path, capsys, monkeypatch):
+    """A notebook is timed and left as it is, one that fails is named and has no time, and what was
+    measured before is kept."""
+    monkeypatch.setattr(times, 'root', tmp_path)
+    (tmp_path/'nbs').mkdir()
+    for name in ('earlier', 'bad'): (tmp_path/'nbs'/f'{name}.ipynb').write_text('')
+    wait = 'import time\ntime.sleep(.5)\nopen("mark", "w").close()'
+    slow, bad = notebook(tmp_path/'nbs'/'slow.ipynb', wait), notebook(
+        tmp_path/'nbs'/'bad.ipynb', '1/0')
     before, file = {p: p.read_bytes() for p in (slow, bad)}, tmp_path/'times.json'
-    times.write(file, dict(device='cpu2', seconds=dict(earlier=3.0, bad=1.0)))
+    times.write(file, dict(device='cpu2', seconds=dict(earlier=3.0, bad=1.0, gone=2.0)))
     assert times.measure([slow, bad], 'cpu2', file) == ['bad']
-    told = json.loads(file.read_text())
-    assert told['device'] == 'cpu2' and told['seconds'].keys() == {'earlier', 'slow'} and .5 <= told['seconds']['slow'] < 300
+    found = json.loads(file.read_text())
+    assert found['device'] == 'cpu2' and found['seconds'].keys() == {'earlier', 'slow'}
+    assert .5 <= found['seconds']['slow'] < 300
     assert {p: p.read_bytes() for p in before} == before and not (tmp_path/'mark').exists()
     assert 'ZeroDivisionError' in capsys.readouterr().out
-    assert times.known(file, 'cpu4') == {}                        # another machine's times are not mixed in
+    # another machine's times are not mixed in
+    assert times.known(file, 'cpu4') == {}

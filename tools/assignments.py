@@ -1,18 +1,24 @@
-"""The exercises without their solutions, by nbgrader's generate_assignment: `python tools/assignments.py [folder to write to]`
+"""The exercises without their solutions, by nbgrader's generate_assignment.
 
-A notebook that is already there is left alone: it may be somebody's work. Remove it to get it anew."""
+    python tools/assignments.py [folder to write to]
+
+A notebook that is already there is left alone: it may be somebody's work. Remove it to get it
+anew."""
 import os, re, sys, tempfile
 from pathlib import Path
+
 import nbformat
 from nbgrader.apps import NbGraderAPI
 from traitlets.config import PyFileConfigLoader
 
 root = Path(__file__).resolve().parents[1]
 source = root/'nbs'/'exercises'/'source'
+LINK = re.compile(r'\]\((?![a-z]+:|#)([^)\s#]+)\)')
 
 
 def release(assignments, course):
-    "The students' version of each assignment below `course`, a folder that is thrown away with its gradebook."
+    """The students' version of each assignment below `course`, which is thrown away with its
+    gradebook."""
     config = PyFileConfigLoader('nbgrader_config.py', str(source.parent)).load_config()
     config.CourseDirectory.root = str(course)
     config.CourseDirectory.db_url = f'sqlite:///{course}/gradebook.db'
@@ -24,14 +30,16 @@ def release(assignments, course):
 
 
 def linked_from(nb, old, new):
-    "The notebook with the relative links of its text as seen from the folder `new` instead of `old`."
-    there = lambda m: f"]({Path(os.path.relpath((old/m[1]).resolve(), new)).as_posix()})"
+    """The notebook with the relative links of its text as seen from the folder `new` instead of
+    `old`."""
+    def there(link): return f"]({Path(os.path.relpath((old/link[1]).resolve(), new)).as_posix()})"
     for cell in nb.cells:
-        if cell.cell_type == 'markdown': cell.source = re.sub(r'\]\((?![a-z]+:|#)([^)\s#]+)\)', there, cell.source)
+        if cell.cell_type == 'markdown': cell.source = LINK.sub(there, cell.source)
     return nb
 
 
 def write(folder):
+    "Every notebook that is not in `folder` yet."
     names = sorted(p.relative_to(source) for p in source.glob('*/*.ipynb'))
     missing = [name for name in names if not (folder/name).exists()]
     for name in names:
@@ -40,9 +48,10 @@ def write(folder):
         made = release(sorted({name.parts[0] for name in missing}), Path(course).resolve())
         for name in missing:
             (folder/name).parent.mkdir(parents=True, exist_ok=True)
-            nb = linked_from(nbformat.read(made/name, 4), (source/name).parent, (folder/name).parent)
-            nbformat.write(nb, folder/name)
+            nb = nbformat.read(made/name, 4)
+            nbformat.write(linked_from(nb, (source/name).parent, (folder/name).parent), folder/name)
             print(folder/name)
 
 
-if __name__ == '__main__': write(Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else root/'assignments')
+if __name__ == '__main__':
+    write(Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else root/'assignments')
