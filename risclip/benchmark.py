@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .clip import CLIPTowers, find_clip, load_clip
 from .dataset import Batch, ReferDataset

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object
 from fastcore.script import Param, call_parse
 from torch.utils.data import DataLoader, default_collate
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .dataset import Batch, ReferDataset
 from .errors import did_you_mean, one_line_errors

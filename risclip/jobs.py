@@ -18,7 +18,7 @@ from threading import Thread
 import open_clip
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .clip import CLIPTowers, find_clip, load_clip, wave_positions
 from .files import data_folder, runs_folder, write_json

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from open_clip_train.scheduler import assign_learning_rate, cosine_lr
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import normalize
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .captions import LEAN, RICH, caption_and_negative, captioned_scene
 from .clip import wave_positions

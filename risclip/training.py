@@ -22,7 +22,7 @@ from accelerate.utils import set_seed
 from fastcore.script import Param, call_parse
 from open_clip_train.scheduler import assign_learning_rate, cosine_lr
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .clip import CLIPTowers, load_clip
 from .costs import memory_per_picture, step_memory
