@@ -15,8 +15,8 @@ export JUPYTER_PREFER_ENV_PATH = 1
 help:
 	@echo 'make install    .venv with everything in it (at most 10 minutes)'
 	@echo 'make train      install, build RefMoji, train in two stages into runs/$(PRESET) (20 minutes on two cores)'
-	@echo 'make test       install, and run the tests; notebooks whose outputs are those of today are not run again (TEST_TIME)'
-	@echo 'make test ALL=1 the same with every notebook (ALL_TIME)'
+	@echo 'make test       install, and run the tests; notebooks whose outputs are those of today are not run again (8 minutes on two cores)'
+	@echo 'make test ALL=1 the same with every notebook (10 minutes on two cores)'
 	@echo 'make lab        open the notebooks in JupyterLab'
 	@echo 'make export     notebooks -> risclip/, cleaned notebooks, README.md'
 	@echo 'make outputs    run the notebooks whose outputs are of other code or data, and keep what comes out'
