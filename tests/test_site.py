@@ -1,6 +1,6 @@
 """The site: what is hidden stays hidden, links that lead nowhere are found. (`make site` builds it
 and checks every link.)"""
-import json, sys
+import json, re, sys
 import pytest
 from conftest import ROOT
 
@@ -33,6 +33,18 @@ def test_no_page_has_a_solution(tmp_path):
             assert '### BEGIN SOLUTION' not in ''.join(cell['source']), page
     assert {p.stem for p in (ROOT/'nbs').glob('[0-9]*.ipynb')} <= listed
     assert {f'engine/{p.stem}' for p in (ROOT/'nbs'/'engine').glob('*.ipynb')} <= listed
+
+
+def test_links_between_notebooks_stay_on_the_site():
+    "The templates of nbs/runs and the exercises are no pages: a link to them would lead nowhere."
+    nbs = ROOT/'nbs'
+    pages = {*site.chapters(), *site.engine(), nbs/'index.ipynb'}
+    pages |= {nbs/f'{name}.ipynb' for name in site.PAGES}
+    for page in pages:
+        for cell in json.loads(page.read_text(encoding='utf-8'))['cells']:
+            if cell['cell_type'] != 'markdown': continue
+            links = re.findall(r'\]\(([\w./-]+\.ipynb)', ''.join(cell['source']))
+            for link in links: assert (page.parent/link).resolve() in pages, f'{page.name}: {link}'
 
 
 def test_the_api_is_whole(tmp_path):
