@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from fastcore.script import Param, call_parse
 from torch.utils.data import DataLoader, default_collate
@@ -87,24 +88,17 @@ def choose_thresholds(model: RISCLIP, dataset: ReferDataset, device: str | torch
     return best | (dict(mask=.5) if model.decoder else {})
 
 # %% ../nbs/engine/evaluation.ipynb #e7a10002
-def shard_expressions(expressions: list[Expression], world_size: int) -> list[list[int]]:
-    """For each process the rows of `expressions` that it scores. The phrases of a picture stay
-    in one process. ValueError: fewer pictures than processes."""
+def shard_expressions(expressions: list[Expression], accelerator: Accelerator) -> list[int]:
+    "The rows of `expressions` that this process scores; all phrases of a picture, or none."
     images = sorted({e.image_id for e in expressions})
-    if len(images) < world_size:
-        raise ValueError(f'{len(images)} pictures cannot be scored by {world_size} processes: '
-                         'take fewer, or score more expressions')
-    rank_of = {image: i % world_size for i, image in enumerate(images)}
-    shards = [[] for _ in range(world_size)]
-    for row, e in enumerate(expressions): shards[rank_of[e.image_id]].append(row)
-    return shards
+    with accelerator.split_between_processes(images, apply_padding=True) as shard:
+        mine = set(shard)
+    return [row for row, e in enumerate(expressions) if e.image_id in mine]
 
-def gather_metrics(scores: SegmentationMetrics, shards: list) -> SegmentationMetrics:
-    "The scores of all processes, in the order of the expressions; process k scored `shards[k]`."
-    rows = {}
-    for shard, scored in zip(shards, gather_object([scores.rows])):
-        rows |= dict(zip(shard, scored, strict=True))
-    return SegmentationMetrics(scores.thresholds, [rows[row] for row in range(len(rows))])
+def gather_metrics(scores: SegmentationMetrics, shard: list[int]) -> SegmentationMetrics:
+    "The scores of all processes, in the order of the expressions; this one scored `shard`."
+    rows = dict(gather_object([*zip(shard, scores.rows, strict=True)]))
+    return SegmentationMetrics(scores.thresholds, [rows[row] for row in sorted(rows)])
 
 # %% ../nbs/engine/evaluation.ipynb #8d176b71
 def score_model(
@@ -118,8 +112,8 @@ def score_model(
     workers: int = 0,               # processes that load pictures
     device: str | torch.device | None = None,     # None: a GPU if there is one
     progress: bool = True,
-    rank: int = 0,                  # of several processes, which all have to call it: this one's
-    world_size: int = 1,            # number, and how many they are; all get the scores of the whole
+    accelerator: Accelerator | None = None,       # of several processes: all have to call it with
+                                    # theirs, and all get the scores of the whole
 ) -> tuple:                         # {raw, grounding, mask: SegmentationMetrics}, the thresholds
     "Score a model on a split."
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
@@ -129,13 +123,12 @@ def score_model(
         train_set = ReferDataset(refer, 'train', model.clip, expressions=of_train)
         thresholds = choose_thresholds(model, train_set, device, batch_size)
     expressions = spread_expressions(refer, split, limit)
-    shards = shard_expressions(expressions, world_size)
-    shard = [expressions[row] for row in shards[rank]]
-    dataset = ReferDataset(refer, split, model.clip, expressions=shard)
+    shard = shard_expressions(expressions, accelerator) if accelerator else range(len(expressions))
+    dataset = ReferDataset(refer, split, model.clip, expressions=[expressions[r] for r in shard])
     scores = _scores(model, dataset, progress, batch_size=batch_size, thresholds=thresholds,
                      protocol=protocol, device=device, workers=workers)
-    if world_size == 1: return scores, thresholds
-    return {name: gather_metrics(found, shards) for name, found in scores.items()}, thresholds
+    if not accelerator: return scores, thresholds
+    return {name: gather_metrics(found, shard) for name, found in scores.items()}, thresholds
 
 def _scores(model, dataset, progress, **options) -> dict:
     "`evaluate` over all maps of a model, with a progress bar."

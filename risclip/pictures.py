@@ -208,9 +208,12 @@ def overlay(picture: Image.Image, mask: np.ndarray, colour: str = '#0072B2',
             alpha: float = .45) -> Image.Image:
     """The RGB picture with its mask [H, W] tinted and outlined, at its own size. `colour`: a name
     or '#RRGGBB' (by default the blue that plots give a prediction); alpha: its share, 0..1."""
-    paint = ImageColor.getrgb(colour)
-    tinted = Image.blend(picture, Image.new('RGB', picture.size, paint), alpha)
-    image = Image.composite(tinted, picture, Image.fromarray(mask))
+    import torch                                # here: who only reads pictures needs no torch
+    from torchvision.transforms.v2 import functional as F
+    from torchvision.utils import draw_segmentation_masks
+    pixels = F.to_dtype(F.pil_to_tensor(picture), torch.float32, scale=True)     # [3, H, W]
+    tinted = draw_segmentation_masks(pixels, torch.from_numpy(mask.copy()), alpha, colour)
+    image = F.to_pil_image(F.to_dtype(tinted, torch.uint8, scale=True))
     rim = outline(mask, max(1, min(mask.shape)//150))
-    image.paste(paint, mask=Image.fromarray(rim))
+    image.paste(ImageColor.getrgb(colour), mask=Image.fromarray(rim))
     return image

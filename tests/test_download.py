@@ -294,6 +294,46 @@ def test_an_entry_that_leads_out(shelf, made, tmp_path, entry):
     # the bad one is out of the way
     assert get(root)[1] == {}
 
+def test_killed_while_it_unpacks(tmp_path):
+    "What has its name is whole, and the next call goes on behind it."
+    files = {f'{i}.jpg': np.random.default_rng(i).bytes(1000) for i in range(6)}
+    (tmp_path/'some.zip').write_bytes(zipped({f'in/{name}': v for name, v in files.items()}))
+    script = tmp_path/'dies.py'
+    script.write_text('''
+import os, shutil, risclip.archives as a
+copy, calls = shutil.copyfileobj, iter(range(99))
+def dying(inside, out, *length):
+    copy(inside, out, *length)
+    if next(calls) < 3: return
+    out.truncate(500)
+    os._exit(9)
+shutil.copyfileobj = dying
+a.unpack('some.zip', 'out', lambda path: path.name)''')
+    env = os.environ | {'PYTHONPATH': str(ROOT)}
+    assert subprocess.run([sys.executable, script], cwd=tmp_path, env=env).returncode == 9
+    there = {p.name: p.read_bytes() for p in (tmp_path/'out').glob('*.jpg')}
+    assert there == {name: files[name] for name in list(files)[:3]}
+    rest = unpack(tmp_path/'some.zip', tmp_path/'out',
+                  lambda path: path.name if path.name not in there else None)
+    assert rest == list(files)[3:]
+    assert {p.name: p.read_bytes() for p in (tmp_path/'out').iterdir()} == files
+
+@pytest.mark.parametrize('place, finds', [(0, 'zlib'), (1500, 'checksum')])
+def test_a_damaged_entry_is_named(tmp_path, place, finds):
+    "What was there under its name stays."
+    archive, noise = tmp_path/'some.zip', np.random.default_rng(0).bytes(3000) + b'the dog '*1000
+    archive.write_bytes(zipped({'a': b'new', 'b': noise}))
+    with ZipFile(archive) as z: start = z.getinfo('b').header_offset + len('b') + 30
+    content = bytearray(archive.read_bytes())
+    for i in range(8): content[start + place + i] ^= 255
+    archive.write_bytes(content)
+    (tmp_path/'b').write_bytes(b'old')
+    with pytest.raises(ValueError, match='some.zip: b in it is damaged .*Get it again') as e:
+        unpack(archive, tmp_path, lambda path: path.name)
+    assert ('CRC' in str(e.value)) == (finds == 'checksum')
+    assert {p.name for p in tmp_path.iterdir()} == {'some.zip', 'a', 'b'}
+    assert (tmp_path/'b').read_bytes() == b'old'
+
 def test_an_archive_of_something_else(tmp_path, made):
     (tmp_path/'refcoco.zip').write_bytes(zipped({'refcoco/notes.txt': 'hello'}))
     with pytest.raises(ValueError, match='refcoco.zip is not what it should be'):

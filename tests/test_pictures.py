@@ -1,5 +1,5 @@
 "Whatever people call a picture: its kinds, its files, its way up, and what is drawn on it."
-import io
+import io, subprocess, sys
 import numpy as np, pytest, torch
 from PIL import Image
 from risclip.pictures import outline, overlay, read_picture
@@ -117,3 +117,31 @@ def test_outline():
 @pytest.mark.parametrize('size', [(1, 1), (1, 700), (2000, 3)])
 def test_an_overlay_has_the_size_of_its_picture(size):
     assert overlay(Image.new('RGB', size), np.ones(size[::-1], bool)).size == size
+
+
+@pytest.mark.parametrize('colour, paint', [('#0072B2', (0, 114, 178)), ('red', (255, 0, 0))])
+@pytest.mark.parametrize('alpha', [0, .1, .45, .77, 1])
+def test_the_colours_of_an_overlay(colour, paint, alpha):
+    "Inside a mixture, on the rim the colour, outside exactly the picture: each with every grey."
+    grey = np.dstack([np.tile(np.arange(256, dtype=np.uint8), (12, 1))]*3)       # [12,256,3]
+    mask = np.zeros((12, 256), bool)
+    mask[4:] = True                                      # down to the border, which is no rim
+    mask.flags.writeable = False
+    drawn = np.asarray(overlay(Image.fromarray(grey), mask, colour, alpha))
+    assert np.array_equal(drawn[:4], grey[:4])
+    assert (drawn[4] == paint).all()
+    mixed = (1 - alpha)*grey[5:] + alpha*np.array(paint)
+    assert np.abs(drawn[5:] - mixed).max() <= 1
+    assert np.array_equal(drawn[5:], grey[5:]) == (alpha == 0)
+
+
+def test_a_mask_in_any_layout_can_be_drawn():
+    wanted = overlay(RGB, A[..., 0] > 100)
+    for mask in ((A[..., 0] > 100)[::-1].copy()[::-1], np.asfortranarray(A[..., 0] > 100)):
+        assert np.array_equal(np.asarray(overlay(RGB, mask)), np.asarray(wanted))
+
+
+def test_reading_pictures_needs_no_torch():
+    code = 'import sys, risclip.pictures; print(*sys.modules)'
+    done = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True)
+    assert not {'torch', 'torchvision'} & set(done.stdout.split())

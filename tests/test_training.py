@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import nbformat, numpy as np, pytest, torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 
 import risclip.runs as runs
@@ -247,7 +248,7 @@ def test_what_is_not_finite_in_stage_2(two_stages, tmp_path, monkeypatch):
 def test_batches_are_a_function_of_seed_stage_and_step(narrow, clip):
     refer = refer_of(narrow)
     objects = ReferDataset(refer, 'train', clip, train=True,
-                           expressions=spread_expressions(refer, 'train', 60))
+                           expressions=refer.expressions('train')[:120])
     size = 4
     each = len(objects)//size
     steps = 2*each + 3
@@ -264,12 +265,32 @@ def test_batches_are_a_function_of_seed_stage_and_step(narrow, clip):
     for epoch in range(2):
         rows = sum((index for index, *_ in whole[epoch*each:(epoch + 1)*each]), [])
         assert len(set(rows)) == len(rows) == each*size
+    spoken = [dict(zip(sum((index for index, *_ in epoch), []), sum((t for _, t, _ in epoch), [])))
+              for epoch in (whole[:each], whole[each:2*each])]
+    assert any(spoken[0][row] != spoken[1][row] for row in spoken[0].keys() & spoken[1].keys())
     assert given(3, workers=2)[:3] == whole[3:6]                         # whoever loads it
-    for rank in (0, 1):                                                  # and whoever trains on it
-        stream = batches(objects, size, 1, 0, 5, accumulate=2, rank=rank, world_size=2)
-        for (index, *_), parts in zip(whole, stream):
-            shard = index[rank::2]
-            assert [part.index.tolist() for part in parts] == [shard[:1], shard[1:]]
+    for accumulate, world_size in (1, 2), (2, 1), (2, 2):                # and whoever trains on it
+        shards = [batches(objects, size, 1, 3, steps, accumulate=accumulate, rank=rank,
+                          world_size=world_size) for rank in range(world_size)]
+        for (index, tokens, _), *parts in zip(whole[3:], *shards, strict=True):
+            assert all(len(own) == accumulate for own in parts)
+            of_all = [part for own in parts for part in own]
+            assert {len(part.index) for part in of_all} == {size//accumulate//world_size}
+            rows = [(i, t) for part in of_all for i, t in zip(part.index.tolist(),
+                                                              part.tokens.tolist())]
+            assert sorted(rows) == sorted(zip(index, tokens))
+    few = ReferDataset(refer, 'train', clip, train=True, expressions=objects.expressions[:6])
+    for rank in (0, 1):                                                  # fewer than a batch: all
+        own, = next(batches(few, 8, 1, 0, 2, rank=rank, world_size=2))
+        assert len(own.index) == 3
+
+
+def test_a_batch_asks_nobody_for_its_process(narrow, clip, monkeypatch):
+    """Accelerate keeps its first answer: once a notebook had asked, processes that
+    `notebook_launcher` starts would each take themselves for the only one."""
+    monkeypatch.setattr(PartialState, '_shared_state', {})
+    next(batches(ReferDataset(refer_of(narrow), 'train', clip, train=True), 4, 1, 0, 1))
+    assert PartialState._shared_state == {}
 
 
 def test_the_rate_rises_and_falls():
